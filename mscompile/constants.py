@@ -1,0 +1,139 @@
+"""Constant channels: what becomes of one on its way from where units begin to a site.
+
+A convolution that pads with zeros does not see a constant channel at its border, so a constant replacement is more than a
+bias to it. It stays exact with a *carrier*: one removed unit whose producer is given zero weights and a fixed bias, so
+that its channel is v everywhere inside and absent in the padding, as every constant is. Its outgoing weights then carry
+Σ_P c_P W_P / v for all constants together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from mscompile.errors import UnsupportedError
+from mscompile.operators import IntArray, Signature
+from mscompile.runtime import Session
+from mscompile.scm import Scm, Site
+
+Array = npt.NDArray[np.float64]
+
+FREE_EXTENT = 16
+"""Extent given to position axes of unknown size: larger than the windows of common pooling."""
+EVEN = 1e-6
+"""Relative spread over positions up to which a channel counts as constant: averages of equal float32 round that much."""
+LEVELS = np.array([sign * 2.0**k for k in range(-6, 7) for sign in (1, -1)])
+"""Biases tried for a carrier: powers of two, which lose no precision."""
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A unit that can be made constant.
+
+    Attributes
+    ----------
+    unit
+        The unit.
+    bias
+        Bias of its producers.
+    values
+        Its value at each site asked for.
+    """
+
+    unit: int
+    bias: float
+    values: tuple[float, ...]
+
+
+def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | None:
+    """The unit, among `channels` of the first site, that makes the best-scaled constant at all `sites`; None if none can."""
+    units = sites[0].units[channels]
+    responses = []
+    for site in sites:
+        found = constant_response(scm, site, {int(u): LEVELS for u in units})
+        if found is None:
+            return None
+        places = {int(u): i for i, u in enumerate(site.units)}
+        if any(int(u) not in places for u in units):
+            return None
+        responses.append(found[:, [places[int(u)] for u in units]])
+    stacked = np.abs(np.stack(responses))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distance = np.abs(np.log2(stacked)).max(axis=0)
+    distance[~np.isfinite(distance)] = np.inf
+    level, column = np.unravel_index(int(np.argmin(distance)), distance.shape)
+    if not np.isfinite(distance[level, column]):
+        return None
+    values = tuple(float(response[level, column]) for response in responses)
+    return Carrier(int(units[column]), float(LEVELS[level]), values)
+
+
+def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array | None:
+    """Value of each channel at a site when its producers' outputs are held constant.
+
+    Parameters
+    ----------
+    levels
+        For each unit held, [trials] values of its producers' outputs; other units are held at 0.
+
+    Returns
+    -------
+    array or None
+        [trials, channels]; NaN where a channel does not come out constant. None where something on the way does not keep
+        constants or depends on more than the producers.
+    """
+    creators = scm.creators_of(site.units)
+    starts = [creator.node.outputs[0] for creator in creators]
+    target = next((v for node in scm.model.graph for v in node.outputs if v.name == site.tensor), None)
+    if target is None or not all(_steady(scm, node) for node in _between(starts, target)):
+        return None
+    trials = len(next(iter(levels.values())))
+    feed = {}
+    for creator, start in zip(creators, starts, strict=True):
+        shape = scm.shapes.get(start.name or "")
+        if shape is None:
+            return None
+        extents = [d if isinstance(d, int) else FREE_EXTENT for d in shape]
+        extents[0] = trials
+        array = np.zeros(extents, dtype=(start.dtype or ir.DataType.FLOAT).numpy())
+        view = np.moveaxis(array, creator.axis, 1)
+        for channel, unit in enumerate(creator.units.tolist()):
+            if unit in levels:
+                view[:, channel] = levels[unit].reshape((-1,) + (1,) * (view.ndim - 2))
+        feed[start.name or ""] = array
+    if target in starts:
+        result = feed[target.name or ""]
+    else:
+        try:
+            graph = ir.convenience.extract(scm.model.graph, starts, [target])
+            model = ir.Model(graph, ir_version=scm.model.ir_version)
+            result = Session(model, optimise=False).run(feed)[target.name or ""]
+        except (ValueError, UnsupportedError):
+            return None
+    flat = np.moveaxis(result, site.axis, 1).reshape(trials, site.size, -1).astype(np.float64)
+    low, high = flat.min(axis=2), flat.max(axis=2)
+    even = high - low <= EVEN * np.maximum(np.abs(high), np.abs(low))
+    return np.where(even, flat[:, :, 0], np.nan)
+
+
+def _between(starts: Sequence[ir.Value], target: ir.Value) -> list[ir.Node]:
+    """Nodes on the way from `starts` to `target`."""
+    nodes, waiting, seen = [], [target], {id(start) for start in starts}
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if id(value) in seen or node is None:
+            continue
+        seen.add(id(value))
+        nodes.append(node)
+        waiting += [v for v in node.inputs if v is not None]
+    return nodes
+
+
+def _steady(scm: Scm, node: ir.Node) -> bool:
+    found = scm.signatures.get(node)
+    return isinstance(found, Signature) and found.steady and found.linear is None

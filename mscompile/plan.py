@@ -1,0 +1,262 @@
+"""Plans: which units stay, and what stands in for the others. A plan is a file that a person can read and edit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
+
+from mscompile.constants import carrier
+from mscompile.errors import GoalError, UsageError
+from mscompile.operators import IntArray
+from mscompile.replacements import REPLACEMENTS
+from mscompile.scm import Scm, Site
+from mscompile.scores import Scores, curvature
+from mscompile.statistics import Statistics
+
+Integers = Annotated[
+    npt.NDArray[np.int64],
+    BeforeValidator(lambda a: np.asarray(a, dtype=np.int64)),
+    PlainSerializer(lambda a: a.tolist(), when_used="json"),
+]
+# Nine digits give back every float32.
+Floats = Annotated[
+    npt.NDArray[np.float32],
+    BeforeValidator(lambda a: np.asarray(a, dtype=np.float32)),
+    PlainSerializer(lambda a: np.vectorize(lambda v: float(f"{v:.9g}"), otypes=[object])(a).tolist(), when_used="json"),
+]
+
+
+class SitePlan(BaseModel):
+    """What happens at one site.
+
+    Attributes
+    ----------
+    name, tensor
+        The tensor the readers read; `name` is how `inspect` prints it.
+    axis, size
+        Channel axis and number of channels.
+    kept
+        Retained channels, ascending; the others are replaced.
+    constants
+        [replaced]: value, or intercept, of each replaced channel in ascending order, in the units of the activation.
+    affine
+        [replaced, retained] coefficients; None where all replacements are constants.
+    basis
+        What the scores that chose the channels estimate.
+    predicted_risk
+        ½ tr(G_PP R_PP) of the site, in the unit that `basis` names; None where no data was used.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="forbid")
+
+    name: str
+    tensor: str
+    axis: int
+    size: int
+    kept: Integers
+    constants: Floats
+    affine: Floats | None = None
+    basis: str = ""
+    predicted_risk: float | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.kept) == 0 or (np.diff(self.kept) <= 0).any() or self.kept[0] < 0 or self.kept[-1] >= self.size:
+            raise ValueError(f"site {self.name}: `kept` must be ascending channel numbers from 0 to {self.size - 1}")
+        replaced = self.size - len(self.kept)
+        if self.constants.shape != (replaced,):
+            raise ValueError(f"site {self.name}: {replaced} channels are replaced but {self.constants.size} constants given")
+        if self.affine is not None and self.affine.shape != (replaced, len(self.kept)):
+            raise ValueError(f"site {self.name}: `affine` must be [{replaced}, {len(self.kept)}]")
+        if not np.isfinite(self.constants).all() or (self.affine is not None and not np.isfinite(self.affine).all()):
+            raise ValueError(f"site {self.name}: constants and coefficients must be finite")
+        return self
+
+    @property
+    def replaced(self) -> IntArray:
+        """Replaced channels, ascending."""
+        return np.setdiff1d(np.arange(self.size, dtype=np.int64), self.kept)
+
+
+class Plan(BaseModel):
+    """A whole plan, bound to the dense model by its digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    model_sha256: str
+    objective: str
+    replacement: str
+    swap: float
+    sites: tuple[SitePlan, ...]
+
+    def to_json(self) -> str:
+        """Text of the plan file."""
+        return self.model_dump_json(indent=None) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read a plan file; UsageError where it is not one."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise UsageError(
+                "the plan cannot be read", where=str(path), why=str(error), hint="write one with `mscompile MODEL`"
+            ) from error
+
+
+Keep = float | int
+"""A share of a site's channels (float up to 1.0) or their number (int)."""
+
+
+def selectable(scm: Scm, *, only: str | None = None, freeze: str | None = None) -> dict[int, list[Site]]:
+    """Sites by group, for the groups whose units can all be removed exactly and that the patterns admit."""
+    groups: dict[int, list[Site]] = {}
+    for site in scm.sites:
+        groups.setdefault(site.group, []).append(site)
+    return {
+        group: sites
+        for group, sites in groups.items()
+        if all(refusal(scm, site) is None for site in sites)
+        and (only is None or any(re.search(only, site.tensor) for site in sites))
+        and (freeze is None or not any(re.search(freeze, site.tensor) for site in sites))
+    }
+
+
+def refusal(scm: Scm, site: Site) -> str | None:
+    """Why a site is left alone, or None if its units can be replaced and removed exactly."""
+    if site.refusal is not None:
+        return str(site.refusal)
+    if site.size < 2:
+        return "has a single unit"
+    if site.border and carrier(scm, [site], np.arange(site.size)) is None:
+        return "is read with zero padding, and no channel can be made constant to carry the bias to the border exactly"
+    return None
+
+
+def resolve_keep(
+    scm: Scm, groups: Mapping[int, Sequence[Site]], keep: Keep | Mapping[str, Keep]
+) -> dict[int, int]:
+    """Channels to keep per group, carrier included. Groups that are not named stay whole.
+
+    Raises
+    ------
+    UsageError
+        A named site does not exist, is left alone, or gets an impossible number.
+    """
+    if not isinstance(keep, Mapping):
+        return {group: _count(keep, _units(sites), "every site") for group, sites in groups.items()}
+    known = {site.tensor: site for site in scm.sites}
+    chosen: dict[int, int] = {}
+    for name, value in keep.items():
+        if name not in known:
+            raise UsageError(
+                f"there is no site {name!r}",
+                where=f"--keep {name}={value}",
+                why=f"the sites are {', '.join(known) or 'none'}",
+                hint="`mscompile inspect MODEL` lists them",
+            )
+        group = known[name].group
+        if group not in groups:
+            raise UsageError(
+                f"site {name!r} is left alone",
+                where=f"--keep {name}={value}",
+                why=next((r for s in scm.sites if s.group == group and (r := refusal(scm, s))), "it is frozen"),
+                hint="name another site",
+            )
+        chosen[group] = _count(value, _units(groups[group]), name)
+    return chosen
+
+
+def _units(sites: Sequence[Site]) -> int:
+    return len(np.unique(np.concatenate([site.units for site in sites])))
+
+
+def _count(keep: Keep, size: int, where: str) -> int:
+    count = max(1, round(keep * size)) if isinstance(keep, float) else keep
+    if not 1 <= count <= size:
+        raise UsageError(
+            f"cannot keep {keep} of {size} units",
+            where=f"--keep for {where}",
+            why="a share lies in (0, 1], a number between 1 and the size of the site",
+            hint="give a share such as 0.5 or a number such as 128",
+        )
+    return count
+
+
+def make_plan(
+    scm: Scm,
+    statistics: Statistics,
+    scores: Scores,
+    groups: Mapping[int, Sequence[Site]],
+    counts: Mapping[int, int],
+    *,
+    model_sha256: str,
+    replacement: str,
+    swap: float,
+) -> Plan:
+    """Retain the units of highest score in each group and fit replacements for the others.
+
+    Parameters
+    ----------
+    counts
+        Channels left in the compiled model by group. Where constants must reach a zero-padded border, one of them is the
+        carrier, so one unit fewer is retained.
+    replacement
+        Key of `REPLACEMENTS`.
+    swap
+        Interchange probability that affine maps are fitted for.
+    """
+    planned: list[SitePlan] = []
+    for group, count in counts.items():
+        sites = groups[group]
+        units = np.unique(np.concatenate([site.units for site in sites]))
+        retained = count - any(site.border for site in sites)
+        if count == len(units) or retained < 1:
+            continue
+        total = np.zeros(len(units))
+        for site in sites:
+            total[np.searchsorted(units, site.units)] += scores.risk[site.tensor]
+        kept_units = units[np.argsort(-total, kind="stable")[:retained]]
+        planned += [_plan_site(site, statistics, scores, kept_units, replacement, swap) for site in sites]
+    order = {site.tensor: i for i, site in enumerate(scm.sites)}
+    planned.sort(key=lambda entry: order[entry.tensor])
+    return Plan(
+        model_sha256=model_sha256, objective=scores.objective, replacement=replacement, swap=swap, sites=tuple(planned)
+    )
+
+
+def _plan_site(
+    site: Site, statistics: Statistics, scores: Scores, kept_units: IntArray, replacement: str, swap: float
+) -> SitePlan:
+    stays = np.isin(site.units, kept_units)
+    kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
+    moments = statistics.moments[site.tensor]
+    if len(kept) == 0:
+        raise GoalError(
+            "no unit of a site would be left",
+            where=site.tensor,
+            why="units of the same group are all that is kept",
+            hint="keep more units",
+        )
+    fit = REPLACEMENTS[replacement](moments, kept, replaced, swap)
+    error = fit.error_covariance(moments, kept, replaced)
+    risk = 0.5 * float(np.sum(curvature(site)[np.ix_(replaced, replaced)] * error))
+    fields: dict[str, Any] = {
+        "name": site.tensor,
+        "tensor": site.tensor,
+        "axis": site.axis,
+        "size": site.size,
+        "kept": kept,
+        "constants": fit.constants,
+        "affine": fit.matrix,
+        "basis": scores.basis[site.tensor],
+        "predicted_risk": risk,
+    }
+    return SitePlan(**fields)

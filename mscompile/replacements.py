@@ -1,0 +1,97 @@
+"""Fitting replacements: the constant or affine map that stands in for a unit's mechanism.
+
+All fits are closed forms of a site's mean μ and covariance Σ, for retained channels K and replaced channels P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from mscompile.operators import IntArray
+from mscompile.statistics import Moments
+
+Array = npt.NDArray[np.float64]
+
+RIDGE = 1e-6
+"""Share of the mean variance added to each retained channel's, so that dependent and dead channels do no harm.
+
+Float32 sums carry a relative error of about 1e-7; directions of smaller variance are noise.
+"""
+PARENTS = 8
+"""Retained parents of a replaced unit in the sparse fit, as in Asiaee 2026."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``a_P := constants + matrix · a_K``.
+
+    Attributes
+    ----------
+    constants
+        [replaced], in the units of the activation.
+    matrix
+        [replaced, retained]; None for constant replacement.
+    """
+
+    constants: Array
+    matrix: Array | None
+
+    def error_covariance(self, moments: Moments, kept: IntArray, replaced: IntArray) -> Array:
+        """[replaced, replaced]: covariance of replacement minus activation on the calibration data."""
+        sigma = moments.covariance
+        residual = sigma[np.ix_(replaced, replaced)]
+        if self.matrix is None:
+            return residual
+        cross = self.matrix @ sigma[np.ix_(kept, replaced)]
+        return residual - cross - cross.T + self.matrix @ sigma[np.ix_(kept, kept)] @ self.matrix.T
+
+
+def fit_constant(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
+    """The mean: the constant of least expected squared error under uniform curvature."""
+    del kept, swap
+    return Fit(moments.mean[replaced], None)
+
+
+def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
+    """Affine map of all retained channels, of least squared error under interchange with swap probability p.
+
+    ``B = (1−p) Σ_PK [q Σ_KK + (1−q) diag Σ_KK]⁻¹`` with ``q = (1−p)² + p²``, and ``μ_P − B μ_K``. p = 0 is least squares,
+    p = 1 the constant.
+    """
+    sigma = moments.covariance
+    within = sigma[np.ix_(kept, kept)]
+    both = (1 - swap) ** 2 + swap**2
+    bracket = both * within
+    diagonal = np.diagonal(within)
+    bracket[np.diag_indices_from(bracket)] = diagonal + RIDGE * max(float(diagonal.mean()), np.finfo(np.float32).tiny)
+    matrix = (1 - swap) * scipy.linalg.solve(bracket, sigma[np.ix_(kept, replaced)], assume_a="pos").T
+    return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
+
+
+def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
+    """Least squares on the `PARENTS` most correlated retained channels of each replaced one (Asiaee 2026, section 4)."""
+    del swap
+    sigma = moments.covariance
+    scale = np.sqrt(np.maximum(moments.variance, np.finfo(np.float32).tiny))
+    strength = np.abs(sigma[np.ix_(replaced, kept)]) / scale[kept]
+    matrix = np.zeros((len(replaced), len(kept)))
+    count = min(PARENTS, len(kept))
+    for row, channel in enumerate(replaced.tolist()):
+        parents = np.sort(np.argsort(-strength[row], kind="stable")[:count])
+        chosen = kept[parents]
+        within = sigma[np.ix_(chosen, chosen)]
+        ridge = RIDGE * max(float(np.diagonal(within).mean()), np.finfo(np.float32).tiny)
+        matrix[row, parents] = scipy.linalg.solve(within + ridge * np.eye(count), sigma[chosen, channel], assume_a="pos")
+    return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
+
+
+REPLACEMENTS: Mapping[str, Callable[[Moments, IntArray, IntArray, float], Fit]] = {
+    "affine": fit_affine,
+    "affine-parents": fit_parents,
+    "constant": fit_constant,
+}

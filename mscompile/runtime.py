@@ -1,0 +1,97 @@
+"""Running models with onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from mscompile.errors import MscompileError, UnsupportedError
+
+Arrays = dict[str, npt.NDArray[Any]]
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Wraps an iterable to show progress: (iterable, description, total) -> the same items."""
+
+
+def no_progress(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    """Show nothing."""
+    del description, total
+    return items
+
+
+class Session:
+    """A model loaded into onnxruntime.
+
+    Parameters
+    ----------
+    model
+        Graph to run; weights in external files are read by onnxruntime from there.
+    optimise
+        Whether onnxruntime may rewrite the graph. Off wherever two graphs are compared for equality: its rewrites change
+        rounding, and now and then more than that.
+    threads
+        Threads per operator; onnxruntime's own choice if None.
+
+    Raises
+    ------
+    UnsupportedError
+        onnxruntime refuses the model.
+    """
+
+    def __init__(self, model: ir.Model | onnx.ModelProto, *, optimise: bool = True, threads: int | None = None) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if isinstance(model, ir.Model):
+            folder = _external_folder(model)
+            if folder is not None:
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            model = ir.to_proto(model)
+        try:
+            self._session = ort.InferenceSession(
+                model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise runtime_error("onnxruntime cannot load the model", error) from error
+        self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
+
+    def run(self, feed: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None) -> Arrays:
+        """Run one batch; returns the named outputs (all by default)."""
+        names = list(self.outputs if outputs is None else outputs)
+        try:
+            return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
+        except Exception as error:
+            raise runtime_error("onnxruntime fails on the model", error) from error
+
+    def run_all(
+        self, batches: Iterable[Mapping[str, npt.NDArray[Any]]], outputs: Sequence[str] | None = None
+    ) -> Arrays:
+        """Run many batches and join each output along axis 0."""
+        parts = [self.run(batch, outputs) for batch in batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _external_folder(model: ir.Model) -> str | None:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            return str(value.const_value.base_dir)
+    return None
+
+
+def runtime_error(what: str, error: Exception) -> MscompileError:
+    """An onnxruntime exception as one of ours, its text cut to the first line."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+    return UnsupportedError(
+        what,
+        where=f"onnxruntime {ort.__version__}",
+        why=reason,
+        hint="run the model in onnxruntime alone; if that works, please report this as a bug",
+    )

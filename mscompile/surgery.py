@@ -1,0 +1,153 @@
+"""Interventions on ONNX models by graph surgery.
+
+The graphs made here are thrown away after they have run. They are edited with onnx-graphsurgeon on plain ModelProtos and
+share no code with the passes, so that what is checked here is checked independently of how it was compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+MASK = "mscompile.mask:"
+SOURCE = "mscompile.source:"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Where to intervene: a tensor, its rank and its channel axis."""
+
+    tensor: str
+    rank: int
+    axis: int
+
+    def mask(self, swapped: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """[samples, channels] selection as a tensor that broadcasts over positions.
+
+        A channel axis 0 or samples elsewhere than axis 0 cannot be told apart from positions.
+        """
+        shape = [1] * self.rank
+        shape[0], shape[self.axis] = swapped.shape
+        return swapped.reshape(shape)
+
+
+def probe(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """Copy of a model that also returns the named tensors."""
+    graph = gs.import_onnx(model)
+    tensors_by_name = graph.tensors()
+    present = {output.name for output in graph.outputs}
+    graph.outputs += [_typed(tensors_by_name[name], model) for name in tensors if name not in present]
+    return gs.export_onnx(graph, do_type_check=False)
+
+
+def patched(model: onnx.ModelProto, patches: Iterable[Patch]) -> onnx.ModelProto:
+    """Copy of a model in which each patched tensor becomes ``Where(mask, source, tensor)``.
+
+    New inputs per patch: ``MASK + tensor``, bool, [samples, …, channels, …] with ones elsewhere; ``SOURCE + tensor``, like
+    the tensor. Everything downstream is recomputed.
+    """
+    graph = gs.import_onnx(model)
+    tensors = graph.tensors()
+    for patch in patches:
+        tensor = _typed(tensors[patch.tensor], model)
+        mask = gs.Variable(MASK + patch.tensor, dtype=np.bool_, shape=[None] * patch.rank)
+        source = gs.Variable(SOURCE + patch.tensor, dtype=tensor.dtype, shape=[None] * patch.rank)
+        graph.inputs += [mask, source]
+        _divert(graph, tensor, lambda inner, mask=mask, source=source: ("Where", [mask, source, inner], {}))
+    graph.toposort()
+    return gs.export_onnx(graph, do_type_check=False)
+
+
+@dataclass(frozen=True)
+class Do:
+    """Mechanism replacement at one tensor: ``a_P := constants + matrix · a_K`` on its channel axis.
+
+    Attributes
+    ----------
+    kept, constants, matrix
+        Retained channels; [replaced] values; [replaced, retained] coefficients or None.
+    """
+
+    patch: Patch
+    kept: npt.NDArray[np.int64]
+    constants: npt.NDArray[np.float32]
+    matrix: npt.NDArray[np.float32] | None
+
+
+def replaced(model: onnx.ModelProto, interventions: Iterable[Do]) -> onnx.ModelProto:
+    """Copy of a model under mechanism replacement, nothing folded: every use of a tensor sees the replaced channels."""
+    graph = gs.import_onnx(model)
+    tensors = graph.tensors()
+    for do in interventions:
+        tensor, patch = _typed(tensors[do.patch.tensor], model), do.patch
+        last = [a for a in range(patch.rank) if a != patch.axis] + [patch.axis]
+        back = [int(a) for a in np.argsort(last)]
+        dtype = tensor.dtype
+        size = len(do.kept) + len(do.constants)
+        away = np.setdiff1d(np.arange(size), do.kept)
+        places = np.argsort(np.concatenate([do.kept, away]))
+        matrix = do.matrix if do.matrix is not None else np.zeros((len(do.constants), len(do.kept)), dtype=np.float32)
+        prefix = f"mscompile.do:{patch.tensor}:"
+
+        def step(name: str, op: str, inputs: list[gs.Tensor], prefix: str = prefix, **attrs: object) -> gs.Variable:
+            out = gs.Variable(prefix + name)
+            graph.nodes.append(gs.Node(op, name=prefix + name, inputs=inputs, outputs=[out], attrs=attrs))
+            return out
+
+        def constant(name: str, array: npt.NDArray[np.generic], prefix: str = prefix) -> gs.Constant:
+            return gs.Constant(prefix + name, np.ascontiguousarray(array))
+
+        final = gs.Variable(prefix + "value", dtype=dtype)
+        consumers = list(tensor.outputs)
+        rows = step("rows", "Transpose", [tensor], perm=last)
+        kept = step("kept", "Gather", [rows, constant("kept.index", do.kept)], axis=patch.rank - 1)
+        mapped = step("mapped", "MatMul", [kept, constant("matrix", matrix.T.astype(dtype))])
+        shifted = step("shifted", "Add", [mapped, constant("constants", do.constants.astype(dtype))])
+        joined = step("joined", "Concat", [kept, shifted], axis=patch.rank - 1)
+        ordered = step("ordered", "Gather", [joined, constant("places", places)], axis=patch.rank - 1)
+        graph.nodes.append(gs.Node("Transpose", name=prefix + "value", inputs=[ordered], outputs=[final], attrs={"perm": back}))
+        _redirect(tensor, final, consumers)
+    graph.toposort()
+    return gs.export_onnx(graph, do_type_check=False)
+
+
+def _divert(graph: gs.Graph, tensor: gs.Tensor, make: object) -> None:
+    """Put one node between a tensor and all its consumers."""
+    consumers = list(tensor.outputs)
+    final = gs.Variable(f"mscompile.patched:{tensor.name}", dtype=tensor.dtype)
+    op, inputs, attrs = make(tensor)  # type: ignore[operator]
+    graph.nodes.append(gs.Node(op, name=final.name, inputs=inputs, outputs=[final], attrs=attrs))
+    _redirect(tensor, final, consumers)
+
+
+def _redirect(tensor: gs.Tensor, final: gs.Tensor, consumers: Iterable[gs.Node]) -> None:
+    for node in consumers:
+        for position, value in enumerate(node.inputs):
+            if value is tensor:
+                node.inputs[position] = final
+
+
+def _typed(tensor: gs.Tensor, model: onnx.ModelProto) -> gs.Tensor:
+    """A tensor with its element type filled in; by default that of the first float output."""
+    if tensor.dtype is None:
+        tensor.dtype = float_type(model)
+    return tensor
+
+
+def float_type(model: onnx.ModelProto) -> npt.DTypeLike:
+    """Element type of the model's first floating-point output."""
+    for output in model.graph.output:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type))
+        if dtype.kind not in "iub?":
+            return dtype
+    return np.dtype(np.float32)
+
+
+def feed(patch: Patch, swapped: npt.NDArray[np.bool_], source: npt.NDArray[np.generic]) -> Mapping[str, npt.NDArray[np.generic]]:
+    """Inputs of a patched graph for one patch."""
+    return {MASK + patch.tensor: patch.mask(swapped), SOURCE + patch.tensor: source}

@@ -1,0 +1,160 @@
+"""The one pass that approximates, and the one that spells out what it wrote.
+
+`WriteReplacements` puts ``do(a_P := constants + matrix · a_K)`` into the graph at each planned site, as a node
+
+    ``mscompile::Replace(activation, kept, constants[, matrix]; axis)``
+
+between the tensor and its readers. Every pass behind it preserves the function. `LowerReplacements` writes such nodes in
+standard operators, so that a graph can be run at any stage, and a replacement that could not be folded stays correct.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from mscompile.operators import DIALECT
+from mscompile.plan import Plan, SitePlan
+from mscompile.scm import Site, read_scm
+
+
+def add_parameter(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """Store an array as an initializer under `name`, or `name` with a number where that is taken."""
+    taken, unique, number = set(graph.initializers) | {v.name for node in graph for v in node.outputs}, name, 0
+    while unique in taken:
+        number += 1
+        unique = f"{name}.{number}"
+    tensor = ir.tensor(array, dtype=dtype, name=unique)
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def array_of(value: ir.Value | None) -> np.ndarray:
+    """The stored array of a parameter."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A Replace node, read back."""
+
+    node: ir.Node
+
+    @property
+    def axis(self) -> int:
+        """Channel axis."""
+        return self.node.attributes["axis"].as_int()
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Retained channels."""
+        return array_of(self.node.inputs[1])
+
+    @property
+    def constants(self) -> np.ndarray:
+        """[replaced] values or intercepts, float64."""
+        return array_of(self.node.inputs[2]).astype(np.float64)
+
+    @property
+    def matrix(self) -> np.ndarray | None:
+        """[replaced, retained] coefficients, float64."""
+        return array_of(self.node.inputs[3]).astype(np.float64) if len(self.node.inputs) > 3 else None
+
+    @property
+    def size(self) -> int:
+        """Channels of the site."""
+        return len(self.kept) + len(self.constants)
+
+    @property
+    def replaced(self) -> np.ndarray:
+        """Replaced channels."""
+        return np.setdiff1d(np.arange(self.size), self.kept)
+
+
+def replacements(graph: ir.Graph) -> list[Replacement]:
+    """All Replace nodes of a graph, in order."""
+    return [Replacement(node) for node in graph if node.domain == DIALECT and node.op_type == "Replace"]
+
+
+@dataclass(frozen=True)
+class WriteReplacements(ir.passes.InPlacePass):
+    """Write the plan's do() into the graph, in front of the readers of each planned site."""
+
+    plan: Plan
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        scm = read_scm(model)
+        for planned in self.plan.sites:
+            site = scm.site(planned.tensor)
+            self._write(model.graph, site, planned, ir.Shape(scm.shapes[site.tensor]))
+        if self.plan.sites:
+            model.opset_imports[DIALECT] = 1
+        return ir.passes.PassResult(model, bool(self.plan.sites))
+
+    def _write(self, graph: ir.Graph, site: Site, planned: SitePlan, shape: ir.Shape) -> None:
+        entries = {reader.entry for reader in site.readers}
+        tensor = next(v for reader in site.readers for v in reader.entry.inputs if v is not None and v.name == site.tensor)
+        fixed = [
+            add_parameter(graph, f"{site.tensor}.kept", planned.kept),
+            add_parameter(graph, f"{site.tensor}.constants", planned.constants),
+        ]
+        if planned.affine is not None:
+            fixed.append(add_parameter(graph, f"{site.tensor}.matrix", planned.affine))
+        replaced = ir.Value(name=f"{site.tensor}.replaced", shape=shape, type=tensor.type)
+        node = ir.node("Replace", [tensor, *fixed], {"axis": site.axis}, domain=DIALECT, outputs=[replaced])
+        producer = tensor.producer()
+        assert producer is not None
+        for use, operand in list(tensor.uses()):
+            if use in entries:
+                use.replace_input_with(operand, replaced)
+        graph.insert_after(producer, node)
+
+
+@dataclass(frozen=True)
+class LowerReplacements(ir.passes.InPlacePass):
+    """Spell out Replace nodes: ``Gather(Concat(a_K, matrix · a_K + constants), places)``."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        found = replacements(model.graph)
+        for replacement in found:
+            self._lower(model.graph, replacement)
+        model.opset_imports.pop(DIALECT, None)
+        return ir.passes.PassResult(model, bool(found))
+
+    def _lower(self, graph: ir.Graph, replacement: Replacement) -> None:
+        node, axis = replacement.node, replacement.axis
+        tensor, target = node.inputs[0], node.outputs[0]
+        assert tensor is not None
+        assert target.shape is not None
+        rank = len(target.shape)
+        dtype = tensor.dtype or ir.DataType.FLOAT
+        last = [a for a in range(rank) if a != axis] + [axis]
+        back = [int(a) for a in np.argsort(last)]
+        tape = ir.tape.Tape()
+
+        def stored(suffix: str, array: np.ndarray, kind: ir.DataType | None = None) -> ir.Value:
+            return add_parameter(graph, f"{target.name}.{suffix}", array, kind)
+
+        rows = tape.op("Transpose", [tensor], {"perm": last})
+        kept = tape.op("Gather", [rows, stored("kept", replacement.kept)], {"axis": -1})
+        matrix = replacement.matrix
+        if matrix is None:
+            matrix = np.zeros((len(replacement.constants), len(replacement.kept)))
+        mapped = tape.op("MatMul", [kept, stored("matrix", np.ascontiguousarray(matrix.T.astype(dtype.numpy())))])
+        shifted = tape.op("Add", [mapped, stored("constants", replacement.constants.astype(dtype.numpy()))])
+        joined = tape.op("Concat", [kept, shifted], {"axis": -1})
+        places = np.argsort(np.concatenate([replacement.kept, replacement.replaced]))
+        ordered = tape.op("Gather", [joined, stored("places", places)], {"axis": -1})
+        target.name, name = None, target.name
+        lowered = tape.op("Transpose", [ordered], {"perm": back})
+        graph.insert_after(node, tape.nodes)
+        target.replace_all_uses_with(lowered)
+        graph.remove(node, safe=True)
+        lowered.name = name
