@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -259,9 +259,7 @@ def reduction(node: NodeView) -> Signature | str:
     keepdims = bool(node.attribute("keepdims", 1))
     kept = [a for a in range(rank) if a not in reduced]
     targets = kept if keepdims else range(len(kept))
-    return Signature(
-        tuple(((0, a), (OUT, t)) for a, t in zip(kept, targets, strict=True)), mixes="reduces over this axis"
-    )
+    return Signature(tuple(((0, a), (OUT, t)) for a, t in zip(kept, targets, strict=True)), mixes="reduces over this axis")
 
 
 def softmax(node: NodeView) -> Signature | str:
@@ -380,7 +378,7 @@ def regroup(node: NodeView) -> Signature | str:
         if len(wide_in) == len(wide_out) == 1:
             links.append(((0, wide_in[0]), (OUT, wide_out[0])))
         elif len(wide_out) == 1:
-            places = np.indices([source[a] for a in wide_in], dtype=np.int64)  # type: ignore[arg-type]
+            places = np.indices([source[a] for a in wide_in], dtype=np.int64)  # type: ignore[arg-type, misc]
             moves += [Move((0, a), (OUT, wide_out[0]), places[i].ravel()) for i, a in enumerate(wide_in)]
     return Signature(tuple(links), tuple(moves), moving=True, mixes="reshapes this axis")
 
@@ -429,11 +427,46 @@ def _volume(shape: Shape, axes: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class Operator:
-    """One row: the operator's name, its declaration, and the domain it belongs to."""
+    """One row.
+
+    Attributes
+    ----------
+    name, domain
+        As in the node.
+    declare
+        Gives the axis signature.
+    macs
+        Multiply–accumulates of a node whose shapes are numbers; none where it is not set.
+    """
 
     name: str
     declare: Declaration
-    domain: str = field(default="")
+    domain: str = ""
+    macs: Callable[[NodeView], int] | None = None
+
+
+def _output_volume(node: NodeView) -> int:
+    return math.prod(node.shape(OUT) or ())  # type: ignore[arg-type]
+
+
+def _filter_volume(node: NodeView) -> int:
+    return math.prod((node.shape(1) or ())[1:])  # type: ignore[arg-type]
+
+
+def conv_macs(node: NodeView) -> int:
+    """Each output element takes one filter."""
+    return _output_volume(node) * _filter_volume(node)
+
+
+def conv_transpose_macs(node: NodeView) -> int:
+    """Each input element is spread by one filter."""
+    return math.prod(node.shape(0) or ()) * _filter_volume(node)  # type: ignore[arg-type]
+
+
+def product_macs(node: NodeView) -> int:
+    """Each output element takes one row of the left operand."""
+    shape = node.shape(0) or (1,)
+    return _output_volume(node) * int(shape[0 if node.attribute("transA", 0) else -1] or 1)
 
 
 _UNARY = """Relu LeakyRelu ThresholdedRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Swish Mish Tanh Softplus Softsign
@@ -448,8 +481,8 @@ OPERATORS: Mapping[tuple[str, str], Operator] = {
         *(Operator(name, elementwise) for name in _BROADCAST.split()),
         *(Operator(name, addition) for name in ("Add", "Sum")),
         *(Operator(name, reduction) for name in _REDUCTIONS.split()),
-        *(Operator(name, pooling) for name in "MaxPool AveragePool GlobalMaxPool GlobalAveragePool".split()),
-        *(Operator(name, regroup) for name in "Flatten Squeeze Unsqueeze".split()),
+        *(Operator(name, pooling) for name in ["MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"]),
+        *(Operator(name, regroup) for name in ["Flatten", "Squeeze", "Unsqueeze"]),
         Operator("Reshape", reshape),
         Operator("Dropout", dropout),
         Operator("Transpose", transpose),
@@ -457,21 +490,25 @@ OPERATORS: Mapping[tuple[str, str], Operator] = {
         Operator("InstanceNormalization", per_channel(1, 2)),
         *(Operator(name, softmax) for name in ("Softmax", "LogSoftmax")),
         *(Operator(name, layer_normalisation) for name in ("LayerNormalization", "RMSNormalization")),
-        Operator("Gemm", gemm),
-        Operator("MatMul", matmul),
-        Operator("Conv", conv),
-        Operator("ConvTranspose", conv_transpose),
+        Operator("Gemm", gemm, macs=product_macs),
+        Operator("MatMul", matmul, macs=product_macs),
+        Operator("Conv", conv, macs=conv_macs),
+        Operator("ConvTranspose", conv_transpose, macs=conv_transpose_macs),
         # do(unit := value), written into a graph by passes/replace.py; never leaves the compiler.
         Operator("Replace", unary, domain=DIALECT),
     )
 }
 
 
+def declared(node: ir.Node) -> Operator | None:
+    """The row of a node's operator, if there is one."""
+    return OPERATORS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+
+
 def signature(view: NodeView) -> Signature | str:
     """Axis signature of a node, or the reason why it is a barrier on all axes."""
-    node = view.node
-    row = OPERATORS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+    row = declared(view.node)
     if row is None:
-        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        return f"no declaration for operator {name}"
+        domain = view.node.domain
+        return f"has no declaration{f' (domain {domain})' if domain else ''}"
     return row.declare(view)

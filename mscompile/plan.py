@@ -140,9 +140,7 @@ def refusal(scm: Scm, site: Site) -> str | None:
     return None
 
 
-def resolve_keep(
-    scm: Scm, groups: Mapping[int, Sequence[Site]], keep: Keep | Mapping[str, Keep]
-) -> dict[int, int]:
+def resolve_keep(scm: Scm, groups: Mapping[int, Sequence[Site]], keep: Keep | Mapping[str, Keep]) -> dict[int, int]:
     """Channels to keep per group, carrier included. Groups that are not named stay whole.
 
     Raises

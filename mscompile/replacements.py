@@ -22,6 +22,7 @@ RIDGE = 1e-6
 
 Float32 sums carry a relative error of about 1e-7; directions of smaller variance are noise.
 """
+TINY = float(np.finfo(np.float32).tiny)
 PARENTS = 8
 """Retained parents of a replaced unit in the sparse fit, as in Asiaee 2026."""
 
@@ -68,7 +69,7 @@ def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float
     both = (1 - swap) ** 2 + swap**2
     bracket = both * within
     diagonal = np.diagonal(within)
-    bracket[np.diag_indices_from(bracket)] = diagonal + RIDGE * max(float(diagonal.mean()), np.finfo(np.float32).tiny)
+    bracket[np.diag_indices_from(bracket)] = diagonal + RIDGE * max(float(diagonal.mean()), TINY)
     matrix = (1 - swap) * scipy.linalg.solve(bracket, sigma[np.ix_(kept, replaced)], assume_a="pos").T
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
 
@@ -77,7 +78,7 @@ def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: floa
     """Least squares on the `PARENTS` most correlated retained channels of each replaced one (Asiaee 2026, section 4)."""
     del swap
     sigma = moments.covariance
-    scale = np.sqrt(np.maximum(moments.variance, np.finfo(np.float32).tiny))
+    scale = np.sqrt(np.maximum(moments.variance, TINY))
     strength = np.abs(sigma[np.ix_(replaced, kept)]) / scale[kept]
     matrix = np.zeros((len(replaced), len(kept)))
     count = min(PARENTS, len(kept))
@@ -85,7 +86,7 @@ def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: floa
         parents = np.sort(np.argsort(-strength[row], kind="stable")[:count])
         chosen = kept[parents]
         within = sigma[np.ix_(chosen, chosen)]
-        ridge = RIDGE * max(float(np.diagonal(within).mean()), np.finfo(np.float32).tiny)
+        ridge = RIDGE * max(float(np.diagonal(within).mean()), TINY)
         matrix[row, parents] = scipy.linalg.solve(within + ridge * np.eye(count), sigma[chosen, channel], assume_a="pos")
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
 

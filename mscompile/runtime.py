@@ -71,9 +71,7 @@ class Session:
         except Exception as error:
             raise runtime_error("onnxruntime fails on the model", error) from error
 
-    def run_all(
-        self, batches: Iterable[Mapping[str, npt.NDArray[Any]]], outputs: Sequence[str] | None = None
-    ) -> Arrays:
+    def run_all(self, batches: Iterable[Mapping[str, npt.NDArray[Any]]], outputs: Sequence[str] | None = None) -> Arrays:
         """Run many batches and join each output along axis 0."""
         parts = [self.run(batch, outputs) for batch in batches]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

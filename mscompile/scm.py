@@ -177,7 +177,7 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
             if id(value) not in kept:
                 value.shape = None
         for value in copy.graph.inputs:
-            if value.name in bound:
+            if value.name is not None and value.name in bound:
                 value.shape = ir.Shape(bound[value.name])
     copy = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
     shapes: dict[str, Shape] = {}
@@ -377,9 +377,7 @@ class _Walk:
             Creator(c.node, tuple(Slot(s.node, s.operand, s.axis, root[s.units]) for s in c.slots), c.axis, root[c.units])
             for c in self.creators
         )
-        return Scm(
-            model, self.shapes, self._sites(root, axes, frozen), creators, slots, axes, self.signatures, frozen
-        )
+        return Scm(model, self.shapes, self._sites(root, axes, frozen), creators, slots, axes, self.signatures, frozen)
 
     def _sites(
         self, root: IntArray, axes: Mapping[tuple[str, int], IntArray], frozen: Mapping[int, Refusal]

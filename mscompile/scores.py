@@ -130,5 +130,7 @@ def score(scm: Scm, sites: Sequence[Site], statistics: Statistics, objective: st
     """Score every channel of `sites` under one of `OBJECTIVES`."""
     found = {site.tensor: OBJECTIVES[objective](scm, site, statistics, seed) for site in sites}
     return Scores(
-        objective, {tensor: risk for tensor, (risk, _) in found.items()}, {tensor: basis for tensor, (_, basis) in found.items()}
+        objective,
+        {tensor: risk for tensor, (risk, _) in found.items()},
+        {tensor: basis for tensor, (_, basis) in found.items()},
     )

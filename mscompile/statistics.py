@@ -176,7 +176,10 @@ def instrumented(scm: Scm, sites: Sequence[Site]) -> ir.Model:
         found = {
             "count": (count, ir.DataType.INT64),
             "sum": (_reduce(tape, "ReduceSum", centred, opset, since=13), ir.DataType.FLOAT),
-            "products": (tape.op("MatMul", [tape.op("Transpose", [centred], {"perm": [1, 0]}), centred]), ir.DataType.FLOAT),
+            "products": (
+                tape.op("MatMul", [tape.op("Transpose", [centred], {"perm": [1, 0]}), centred]),
+                ir.DataType.FLOAT,
+            ),
             "low": (_reduce(tape, "ReduceMin", rows, opset, since=18), ir.DataType.FLOAT),
             "high": (_reduce(tape, "ReduceMax", rows, opset, since=18), ir.DataType.FLOAT),
         }

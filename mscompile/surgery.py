@@ -42,7 +42,7 @@ def probe(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     tensors_by_name = graph.tensors()
     present = {output.name for output in graph.outputs}
     graph.outputs += [_typed(tensors_by_name[name], model) for name in tensors if name not in present]
-    return gs.export_onnx(graph, do_type_check=False)
+    return _export(graph)
 
 
 def patched(model: onnx.ModelProto, patches: Iterable[Patch]) -> onnx.ModelProto:
@@ -60,7 +60,7 @@ def patched(model: onnx.ModelProto, patches: Iterable[Patch]) -> onnx.ModelProto
         graph.inputs += [mask, source]
         _divert(graph, tensor, lambda inner, mask=mask, source=source: ("Where", [mask, source, inner], {}))
     graph.toposort()
-    return gs.export_onnx(graph, do_type_check=False)
+    return _export(graph)
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,17 @@ def replaced(model: onnx.ModelProto, interventions: Iterable[Do]) -> onnx.ModelP
         shifted = step("shifted", "Add", [mapped, constant("constants", do.constants.astype(dtype))])
         joined = step("joined", "Concat", [kept, shifted], axis=patch.rank - 1)
         ordered = step("ordered", "Gather", [joined, constant("places", places)], axis=patch.rank - 1)
-        graph.nodes.append(gs.Node("Transpose", name=prefix + "value", inputs=[ordered], outputs=[final], attrs={"perm": back}))
+        graph.nodes.append(
+            gs.Node("Transpose", name=prefix + "value", inputs=[ordered], outputs=[final], attrs={"perm": back})
+        )
         _redirect(tensor, final, consumers)
     graph.toposort()
-    return gs.export_onnx(graph, do_type_check=False)
+    return _export(graph)
+
+
+def _export(graph: gs.Graph) -> onnx.ModelProto:
+    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    return model
 
 
 def _divert(graph: gs.Graph, tensor: gs.Tensor, make: object) -> None:
@@ -148,6 +155,8 @@ def float_type(model: onnx.ModelProto) -> npt.DTypeLike:
     return np.dtype(np.float32)
 
 
-def feed(patch: Patch, swapped: npt.NDArray[np.bool_], source: npt.NDArray[np.generic]) -> Mapping[str, npt.NDArray[np.generic]]:
+def feed(
+    patch: Patch, swapped: npt.NDArray[np.bool_], source: npt.NDArray[np.generic]
+) -> Mapping[str, npt.NDArray[np.generic]]:
     """Inputs of a patched graph for one patch."""
     return {MASK + patch.tensor: patch.mask(swapped), SOURCE + patch.tensor: source}

@@ -12,7 +12,7 @@ and `passes.narrow` may take it away. All sums are in float64, rounded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -33,7 +33,9 @@ class FoldReplacements(ir.passes.InPlacePass):
         groups: dict[int, list[tuple[Replacement, Site]]] = {}
         for replacement in found:
             site = next((s for s in scm.sites if s.tensor == replacement.node.outputs[0].name), None)
-            if site is not None and all(use.node in {r.entry for r in site.readers} for use in site_value(replacement).uses()):
+            if site is not None and all(
+                use.node in {r.entry for r in site.readers} for use in site_value(replacement).uses()
+            ):
                 groups.setdefault(site.group, []).append((replacement, site))
         folded = [self._fold_group(model.graph, scm, members) for members in groups.values()]
         return ir.passes.PassResult(model, any(folded))
@@ -46,7 +48,8 @@ class FoldReplacements(ir.passes.InPlacePass):
             for replacement, site in bordered[1:]:
                 shared = np.intersect1d(shared, site.units[replacement.replaced])
             first = bordered[0][1]
-            constant = carrier(scm, [s for _, s in bordered], np.flatnonzero(np.isin(first.units, shared)))
+            before = [replace(s, tensor=_name(r.node.inputs[0])) for r, s in bordered]
+            constant = carrier(scm, before, np.flatnonzero(np.isin(first.units, shared)))
             if constant is None:
                 return False
             make_constant(graph, scm, first, constant)
@@ -60,6 +63,10 @@ class FoldReplacements(ir.passes.InPlacePass):
             site_value(replacement).replace_all_uses_with(replacement.node.inputs[0])  # type: ignore[arg-type]
             graph.remove(replacement.node, safe=True)
         return True
+
+
+def _name(value: ir.Value | None) -> str:
+    return (value.name if value is not None else None) or ""
 
 
 def site_value(replacement: Replacement) -> ir.Value:
@@ -155,7 +162,8 @@ def add_bias(graph: ir.Graph, reader: Reader, shift: np.ndarray, trailing: int) 
     stored = add_parameter(graph, f"{output.name}.bias", shaped.astype(dtype.numpy()), dtype)
     addition = ir.node("Add", [output, stored], outputs=[total])
     if output.is_graph_output():
-        name, output.name = output.name, None
+        name = output.name  # type: ignore[assignment]
+        output.name = None
         graph.outputs[list(graph.outputs).index(output)] = total
         total.name = name
     for use, operand in list(output.uses()):

@@ -1,0 +1,30 @@
+"""Compile a trained ONNX network into a smaller one that is a verified causal abstraction of it.
+
+>>> import mscompile
+>>> result = mscompile.compile_model("model.onnx", "model.calib.npz", "model.ms.onnx")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mscompile.errors import MscompileError
+
+if TYPE_CHECKING:
+    from mscompile.pipeline import Compilation, Options, compile_model, inspect_model
+    from mscompile.version import __version__
+
+__all__ = ["Compilation", "MscompileError", "Options", "__version__", "compile_model", "inspect_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: onnx and onnxruntime take longer to import than `--help` may take.
+    if name == "__version__":
+        from mscompile.version import __version__
+
+        return __version__
+    if name in __all__:
+        from mscompile import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'mscompile' has no attribute {name!r}")

@@ -1,0 +1,138 @@
+"""The report: what was done, what it costs, what was proved, and what was left alone. Its JSON Schema is shipped."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from mscompile.sizes import Sizes
+
+SCHEMA_VERSION = 1
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileReport(_Section):
+    """A file and its digest."""
+
+    path: str | None
+    sha256: str
+
+
+class DataReport(_Section):
+    """The data and how it was split: `calibrate` to fit, `choose` to choose among candidates, `certify` to certify."""
+
+    source: str
+    sha256: str
+    samples: int
+    split: dict[str, int]
+    seed: int
+    notes: list[str]
+
+
+class SiteReport(_Section):
+    """One site: what was kept, or why it was left alone.
+
+    `predicted_risk` and `measured_risk` are half the expected squared error of the same quantity, which `basis` names;
+    measured is None where no prediction of the same quantity exists.
+    """
+
+    name: str
+    axis: int
+    size: int
+    kept: int
+    width: int
+    readers: list[str]
+    basis: str | None
+    predicted_risk: float | None
+    left_alone: str | None
+
+
+class CoverageReport(_Section):
+    """One weight tensor: ``cut``, ``whole`` (could be cut, was not) or ``left alone`` with the reason."""
+
+    tensor: str
+    node: str
+    operator: str
+    shape: list[int]
+    status: str
+    reason: str | None
+
+
+class SizeReport(_Section):
+    """Sizes before and after."""
+
+    dense: Sizes
+    compiled: Sizes
+    latency_batch: int | None
+
+
+class LawReport(_Section):
+    """Interchange under one law and swap probability."""
+
+    law: str
+    swap: float
+    trials: int
+    iia: float
+    logit_mse_relative: float
+    kl: float | None
+
+
+class FidelityReport(LawReport):
+    """Agreement under interchange on data that took no part in calibration or choice.
+
+    `iia_lower` is certified for interchange by `law` with probability `swap`, with error probability `delta` after
+    `attempts` candidates were tried against the certificate; `stress` holds other laws, measured and not certified.
+    """
+
+    metric: str
+    iia_lower: float
+    delta: float
+    attempts: int
+    disagreements: float
+    agreement: float
+    accuracy_dense: float | None
+    accuracy_compiled: float | None
+    full_source_checked: bool
+    stress: list[LawReport]
+
+
+class CandidateReport(_Section):
+    """One size that the search tried, measured on the `choose` part."""
+
+    keep: float
+    params: int
+    iia: float
+    iia_lower: float
+
+
+class Report(_Section):
+    """The whole report."""
+
+    schema_version: int = SCHEMA_VERSION
+    versions: dict[str, str]
+    command: str
+    goal: str
+    objective: str
+    replacement: str
+    seed: int
+    dense: FileReport
+    compiled: FileReport | None
+    plan_sha256: str
+    data: DataReport | None
+    sites: list[SiteReport]
+    coverage: list[CoverageReport]
+    sizes: SizeReport
+    fold_error: float | None
+    fold_check: str
+    deployment_difference: float | None
+    fidelity: FidelityReport | None
+    candidates: list[CandidateReport]
+    timings: dict[str, float]
+    warnings: list[str]
+
+
+def schema() -> dict[str, object]:
+    """JSON Schema of the report."""
+    return Report.model_json_schema()

@@ -1,0 +1,40 @@
+"""Carrying out a plan: the passes in order, on a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from mscompile.operators import IntArray
+from mscompile.passes import RemoveDeadUnits, compiling
+from mscompile.plan import Plan
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A rewritten model.
+
+    Attributes
+    ----------
+    model
+        The smaller graph.
+    alignment
+        For each narrowed tensor, the dense channel of each channel left.
+    """
+
+    model: ir.Model
+    alignment: Mapping[str, IntArray]
+
+
+def rewrite(model: ir.Model, plan: Plan) -> Compiled:
+    """Apply a plan to a canonical model; the model itself stays as it is."""
+    copy = model.clone()
+    alignment: Mapping[str, IntArray] = {}
+    if plan.sites:
+        for step in compiling(plan):
+            step(copy)
+            if isinstance(step, RemoveDeadUnits):
+                alignment = step.alignment
+    return Compiled(copy, alignment)
