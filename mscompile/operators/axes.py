@@ -1,0 +1,170 @@
+"""The vocabulary of declarations: ports, links, signatures, and a node as a declaration sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from mscompile.operators.backward import Reverse
+
+Dim = int | str | None
+Shape = tuple[Dim, ...]
+Port = tuple[int, int]
+"""(operand, axis). Operand ``i`` is input ``i``, operand ``~i`` output ``i``; axes count from 0."""
+
+OUT = ~0
+DIALECT = "mscompile"
+"""Domain of the compiler's own operators."""
+IntArray = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Move:
+    """An axis whose channels keep their values and change their places: ``target[i] = source[index[i]]``."""
+
+    source: Port
+    target: Port
+    index: IntArray
+
+
+@dataclass(frozen=True)
+class Size:
+    """Entry `position` of the integer operand `operand` holds the size of output axis `axis`."""
+
+    operand: int
+    position: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The operator is linear in the data it contracts with a weight, so replacements fold into weight and bias.
+
+    ``Y = gain · (weight ∘ data) + bias_gain · bias``. `bias` is the operand that holds, or may hold, the bias vector over
+    the created channels; None if the operator takes none. `border` is true where the response to a constant channel
+    depends on the position (zero padding, strided transposed convolution), so that a constant is no mere bias.
+    """
+
+    data: int
+    weight: int
+    bias: int | None
+    border: bool = False
+    gain: float = 1.0
+    bias_gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the axes of one node's operands run in step.
+
+    Attributes
+    ----------
+    links
+        Tuples of ports whose channels are the same, index by index.
+    moves
+        Axes whose channels are copied to other places.
+    linear
+        Set where the contraction of the node folds.
+    steady
+        A channel that is constant over samples and positions stays so; its value is found by running the operator.
+    sizes
+        Operands that repeat an output size and must follow when it changes.
+    counts
+        Attributes that hold the number of channels of an output axis: (attribute, axis).
+    moving
+        The node only moves values (any reader behind it reads its input).
+    additive
+        The output is the sum of the operands.
+    mixes
+        Why the axes in no link are a barrier, for the report.
+    """
+
+    links: tuple[tuple[Port, ...], ...] = ()
+    moves: tuple[Move, ...] = ()
+    linear: Linear | None = None
+    steady: bool = True
+    sizes: tuple[Size, ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()
+    moving: bool = False
+    additive: bool = False
+    mixes: str = "mixes this axis"
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node with the shapes of its operands, as a declaration sees it."""
+
+    node: ir.Node
+    shapes: Mapping[str, Shape]
+    opset: int
+
+    def value(self, operand: int) -> ir.Value | None:
+        """Value at an operand; None where an optional operand is absent."""
+        values = self.node.inputs if operand >= 0 else self.node.outputs
+        position = operand if operand >= 0 else ~operand
+        return values[position] if position < len(values) else None
+
+    def shape(self, operand: int) -> Shape | None:
+        """Shape of an operand, None where unknown or absent."""
+        value = self.value(operand)
+        if value is None or value.name is None:
+            return None
+        return self.shapes.get(value.name)
+
+    def rank(self, operand: int) -> int | None:
+        """Rank of an operand, None where unknown or absent."""
+        shape = self.shape(operand)
+        return None if shape is None else len(shape)
+
+    def constant(self, operand: int) -> npt.NDArray[np.generic] | None:
+        """Value of a parameter: an initializer that is neither a graph input nor absent."""
+        value = self.value(operand)
+        return None if value is None or not is_parameter(value) else value.const_value.numpy()  # type: ignore[union-attr]
+
+    def attribute(self, name: str, default: T) -> T:
+        """Value of an attribute, `default` where it is not set."""
+        attribute = self.node.attributes.get(name)
+        return default if attribute is None else attribute.value
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """Operands of the inputs that are computed: everything but parameters and absent ones."""
+        return tuple(i for i, v in enumerate(self.node.inputs) if v is not None and not is_parameter(v))
+
+
+def is_parameter(value: ir.Value) -> bool:
+    """Whether a value is fixed: an initializer that no caller can override."""
+    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
+
+
+Declaration = Callable[[NodeView], Signature | str]
+"""Gives the signature of a node, or the reason why this node is a barrier."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row.
+
+    Attributes
+    ----------
+    name, domain
+        As in the node.
+    declare
+        Gives the axis signature.
+    macs
+        Multiply–accumulates of a node whose shapes are numbers; none where it is not set.
+    reverse
+        Reverse-mode rule; where it is not set, curvature cannot pass the operator.
+    """
+
+    name: str
+    declare: Declaration
+    domain: str = ""
+    macs: Callable[[NodeView], int] | None = None
+    reverse: Reverse | None = None
