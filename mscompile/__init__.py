@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mscompile.errors import MscompileError
 
 if TYPE_CHECKING:
-    from mscompile.pipeline import Compilation, Options, compile_model, inspect_model
+    from mscompile.options import Options
+    from mscompile.pipeline import Compilation, compile_model, inspect_model
     from mscompile.version import __version__
 
 __all__ = ["Compilation", "MscompileError", "Options", "__version__", "compile_model", "inspect_model"]
@@ -24,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return __version__
     if name in __all__:
-        from mscompile import pipeline
+        from mscompile import options, pipeline
 
-        return getattr(pipeline, name)
+        return getattr(options if name == "Options" else pipeline, name)
     raise AttributeError(f"module 'mscompile' has no attribute {name!r}")

@@ -55,7 +55,9 @@ def cli() -> None:
     "--fidelity", type=float, metavar="F", help="Smallest model whose IIA is certified at least F. [default: 0.95]"
 )
 @click.option("--keep", multiple=True, metavar="[SITE=]N", help="Share of channels to keep, or SITE=share, SITE=number.")
-@click.option("--objective", default="logit-mse", show_default=True, help="Score: logit-mse, variance, magnitude, random.")
+@click.option("--objective", default="logit-mse", show_default=True, help="Score: logit-mse, kl, cross-entropy, cwvar, "
+              "variance, magnitude, random.")  # fmt: skip
+@click.option("--probes", type=click.IntRange(min=1), default=4, show_default=True, help="Random seeds of the curvature.")
 @click.option("--replacement", default="affine", show_default=True, help="affine, affine-parents or constant.")
 @click.option("--law", default="one-site", show_default=True, help="Interchange at one-site a trial, or all-sites.")
 @click.option("--swap", type=float, default=0.1, show_default=True, help="Interchange probability of each retained unit.")
@@ -87,7 +89,8 @@ def compile_command(
 ) -> None:
     """Compile MODEL into a smaller, verified ONNX file."""
     del verbose  # read by `main` from the command line, so that it holds for every error
-    from mscompile.pipeline import Options, compile_model
+    from mscompile.options import Options
+    from mscompile.pipeline import compile_model
 
     if keep and fidelity is not None:
         raise UsageError(

@@ -14,9 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Va
 from mscompile.constants import carrier
 from mscompile.errors import GoalError, UsageError
 from mscompile.operators import IntArray
-from mscompile.replacements import REPLACEMENTS
+from mscompile.replacements import AFFINE_FITS, CONSTANT, Fit
 from mscompile.scm import Scm, Site
-from mscompile.scores import Scores, curvature
+from mscompile.scores import Scores, joint_curvature
 from mscompile.statistics import Statistics
 
 Integers = Annotated[
@@ -207,7 +207,7 @@ def make_plan(
         Channels left in the compiled model by group. Where constants must reach a zero-padded border, one of them is the
         carrier, so one unit fewer is retained.
     replacement
-        Key of `REPLACEMENTS`.
+        One of `REPLACEMENTS`.
     swap
         Interchange probability that affine maps are fitted for.
     """
@@ -243,9 +243,12 @@ def _plan_site(
             why="units of the same group are all that is kept",
             hint="keep more units",
         )
-    fit = REPLACEMENTS[replacement](moments, kept, replaced, swap)
-    error = fit.error_covariance(moments, kept, replaced)
-    risk = 0.5 * float(np.sum(curvature(site)[np.ix_(replaced, replaced)] * error))
+    if replacement == CONSTANT:
+        fit = Fit(scores.constants[site.tensor][replaced], None)
+    else:
+        fit = AFFINE_FITS[replacement](moments, kept, replaced, swap)
+    error = fit.error_moment(moments, kept, replaced)
+    risk = 0.5 * float(np.sum(joint_curvature(site, statistics)[np.ix_(replaced, replaced)] * error))
     fields: dict[str, Any] = {
         "name": site.tensor,
         "tensor": site.tensor,

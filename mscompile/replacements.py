@@ -1,4 +1,4 @@
-"""Fitting replacements: the constant or affine map that stands in for a unit's mechanism.
+"""Fitting replacements: the affine map that stands in for a unit's mechanism. Constants come with the scores.
 
 All fits are closed forms of a site's mean μ and covariance Σ, for retained channels K and replaced channels P.
 """
@@ -42,20 +42,20 @@ class Fit:
     constants: Array
     matrix: Array | None
 
-    def error_covariance(self, moments: Moments, kept: IntArray, replaced: IntArray) -> Array:
-        """[replaced, replaced]: covariance of replacement minus activation on the calibration data."""
-        sigma = moments.covariance
-        residual = sigma[np.ix_(replaced, replaced)]
+    def error_moment(self, moments: Moments, kept: IntArray, replaced: IntArray) -> Array:
+        """[replaced, replaced]: second moment of replacement minus activation on the calibration data.
+
+        Without covariance in `moments`, errors of different channels are taken as uncorrelated.
+        """
         if self.matrix is None:
-            return residual
+            bias = self.constants - moments.mean[replaced]
+            spread = np.diag(moments.variance) if moments.scatter is None else moments.covariance
+            return spread[np.ix_(replaced, replaced)] + np.outer(bias, bias)
+        sigma = moments.covariance
+        bias = self.constants + self.matrix @ moments.mean[kept] - moments.mean[replaced]
         cross = self.matrix @ sigma[np.ix_(kept, replaced)]
-        return residual - cross - cross.T + self.matrix @ sigma[np.ix_(kept, kept)] @ self.matrix.T
-
-
-def fit_constant(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
-    """The mean: the constant of least expected squared error under uniform curvature."""
-    del kept, swap
-    return Fit(moments.mean[replaced], None)
+        residual = sigma[np.ix_(replaced, replaced)] - cross - cross.T
+        return residual + self.matrix @ sigma[np.ix_(kept, kept)] @ self.matrix.T + np.outer(bias, bias)
 
 
 def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
@@ -91,8 +91,9 @@ def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: floa
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
 
 
-REPLACEMENTS: Mapping[str, Callable[[Moments, IntArray, IntArray, float], Fit]] = {
+CONSTANT = "constant"
+AFFINE_FITS: Mapping[str, Callable[[Moments, IntArray, IntArray, float], Fit]] = {
     "affine": fit_affine,
     "affine-parents": fit_parents,
-    "constant": fit_constant,
 }
+REPLACEMENTS = (*AFFINE_FITS, CONSTANT)

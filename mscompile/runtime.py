@@ -71,6 +71,15 @@ class Session:
         except Exception as error:
             raise runtime_error("onnxruntime fails on the model", error) from error
 
+    def step(self, feed: Mapping[str, npt.NDArray[Any]], state: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        """Run one batch with inputs that stay inside onnxruntime: `state` in, all outputs back, nothing copied."""
+        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
+        try:
+            results = self._session.run_with_ort_values(self.outputs, {**values, **state})
+        except Exception as error:
+            raise runtime_error("onnxruntime fails on the model", error) from error
+        return dict(zip(self.outputs, results, strict=True))
+
     def run_all(self, batches: Iterable[Mapping[str, npt.NDArray[Any]]], outputs: Sequence[str] | None = None) -> Arrays:
         """Run many batches and join each output along axis 0."""
         parts = [self.run(batch, outputs) for batch in batches]

@@ -200,6 +200,21 @@ def label(node: ir.Node) -> str:
     return node.name or next((v.name for v in node.outputs if v.name), "") or "?"
 
 
+def captured(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that the subgraphs of a node take in, from wherever they come; most nodes have none."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs: Iterable[ir.Graph] = (attribute.as_graph(),)
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs = attribute.as_graphs()
+        else:
+            continue
+        for graph in graphs:
+            yield from graph.outputs
+            for inner in ir.traversal.RecursiveGraphIterator(graph):
+                yield from (v for v in inner.inputs if v is not None)
+
+
 def read_scm(model: ir.Model) -> Scm:
     """Read a canonical model (nodes sorted, weights in initializers) as a structural causal model."""
     shapes = infer_shapes(model)
@@ -348,21 +363,9 @@ class _Walk:
             self.freeze(units, Refusal(label(node), node.op_type, reason))
 
     def _freeze_captured(self, node: ir.Node) -> None:
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                graphs: Iterable[ir.Graph] = (attribute.as_graph(),)
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                graphs = attribute.as_graphs()
-            else:
-                continue
-            refusal = Refusal(label(node), node.op_type, "uses them inside a subgraph")
-            for graph in graphs:
-                for inner in ir.traversal.RecursiveGraphIterator(graph):
-                    for value in inner.inputs:
-                        if value is not None:
-                            self.freeze_value(value, refusal)
-                for value in graph.outputs:
-                    self.freeze_value(value, refusal)
+        refusal = Refusal(label(node), node.op_type, "uses them inside a subgraph")
+        for value in captured(node):
+            self.freeze_value(value, refusal)
 
     # -- the result --
 

@@ -1,25 +1,34 @@
 """Scores: what replacing each unit is predicted to cost, from calibration statistics.
 
-The risk of replacing the units P of a site is surrogated by ½ tr(G_PP R_PP), R the covariance of the replacement error
-and G the curvature of the squared error behind the site (Asiaee 2026, section 3). Here G is that of the readers' own
-outputs, G = Σ_readers W Wᵀ summed over output channels and kernel taps. Where the readers produce the logits this is the
-interventional risk in logit-mse itself; elsewhere it is its reader-local surrogate, and `Scores.basis` says so.
+The interventional risk of do(a_j := c) is surrogated to second order from the curvature that the reverse pass measured
+(Asiaee 2026, section 3). Where an operator stops the reverse pass, the squared change of the readers' own outputs stands in,
+G = Σ_readers W Wᵀ summed over output channels and kernel taps; `Scores.basis` says which, and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mscompile.operators import Signature, is_parameter
 from mscompile.scm import Reader, Scm, Site
-from mscompile.statistics import Statistics
+from mscompile.statistics import Curvature, Moments, Statistics
 
 Array = npt.NDArray[np.float64]
+
+TINY = float(np.finfo(np.float32).tiny)
+FLAT = 1e-10
+"""Share of the largest curvature of a site below which a unit's is numerically zero."""
+UNUSABLE = 0.05
+"""Share of a site's optimal constants outside the observed range from which none of them is used."""
+SQUARED_OUTPUTS = "half the squared change of the outputs"
+DIVERGENCE = "KL divergence of the outputs, in nats"
+READER_LOCAL = "half the squared change of the readers' outputs"
 
 
 @dataclass(frozen=True)
@@ -31,14 +40,47 @@ class Scores:
     objective
         Key of `OBJECTIVES`.
     risk
-        [channels] by site tensor; larger is worse to lose. In squared logits for ``logit-mse``, without unit for others.
+        [channels] by site tensor; larger is worse to lose.
+    constants
+        [channels] by site tensor: the constant that the risk is for, in the units of the activation.
     basis
-        By site tensor: what the number is an estimate of.
+        By site tensor: what the risk estimates.
+    warnings
+        What the user should know about them.
     """
 
     objective: str
     risk: Mapping[str, Array]
+    constants: Mapping[str, Array]
     basis: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one site; fields as in `Scores`."""
+
+    risk: Array
+    constants: Array
+    basis: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A way of scoring, and the curvature it needs from calibration.
+
+    Attributes
+    ----------
+    score
+        (model, site, statistics, seed) -> scores of the site.
+    curvature, gradient
+        See `Measure`.
+    """
+
+    score: Callable[[Scm, Site, Statistics, int], Scored]
+    curvature: Literal["identity", "fisher", "none"] = "none"
+    gradient: bool = False
 
 
 def weight_rows(reader: Reader) -> Array:
@@ -55,7 +97,7 @@ def by_channel(reader: Reader, rows: Array, size: int) -> Array:
     return rows[order].reshape(size, -1)
 
 
-def curvature(site: Site) -> Array:
+def reader_curvature(site: Site) -> Array:
     """G = Σ_readers W Wᵀ, [channels, channels]: squared change of the readers' outputs per unit of activation."""
     total = np.zeros((site.size, site.size))
     for reader in site.readers:
@@ -64,36 +106,61 @@ def curvature(site: Site) -> Array:
     return total
 
 
-def produces_logits(scm: Scm, reader: Reader) -> bool:
-    """Whether the reader's output, up to an added parameter, is a model output."""
-    value = reader.node.outputs[0]
-    while not value.is_graph_output():
-        uses = list(value.uses())
-        if len(uses) != 1:
-            return False
-        node = uses[0].node
-        found = scm.signatures.get(node)
-        others = [v for v in node.inputs if v is not None and v is not value]
-        if not isinstance(found, Signature) or not found.additive or not all(is_parameter(v) for v in others):
-            return False
-        value = node.outputs[0]
-    return not value.uses()
+def optimal_constants(curvature: Curvature, moments: Moments) -> tuple[Array, Array, int]:
+    """Constants of least predicted risk, that risk, and how many gave way to the mean.
+
+    The change of the objective under do(a_j := c) is to second order q(c) = ½ c² E[S1²] − c E[S1 S2] + ½ E[S2²] + c E[Σg]
+    − E[Σ g a], least at c* = (E[S1 S2] − E[Σg]) / E[S1²] (Asiaee 2026, section 3, with sums over positions in place of
+    single ones). Where E[S1²] vanishes, or c* lies outside the range the unit was observed in — the quadratic says nothing
+    there — the mean is taken; where that happens to more than a share `UNUSABLE` of the units, the quadratic is not to be
+    trusted for the others either, and all take their means. (Label cross-entropy has no curvature at samples that the
+    network is sure of; its optimal constants drive the network to chance otherwise.)
+    """
+    n = curvature.samples
+    s11, s12, s22 = curvature.s11 / n, curvature.s12 / n, curvature.s22 / n
+    g1, g2 = curvature.g1 / n, curvature.g2 / n
+    flat = s11 <= FLAT * max(float(s11.max(initial=0.0)), TINY)
+    constants = np.where(flat, moments.mean, (s12 - g1) / np.where(flat, 1.0, s11))
+    margin = 1e-6 * (np.abs(moments.low) + np.abs(moments.high))  # float32 rounding of a constant unit's value
+    outside = ~flat & ((constants < moments.low - margin) | (constants > moments.high + margin))
+    refused = outside.mean() > UNUSABLE
+    constants = moments.mean if refused else np.where(outside, moments.mean, constants)
+    risk = 0.5 * constants**2 * s11 - constants * s12 + 0.5 * s22 + constants * g1 - g2
+    return constants, risk, len(outside) if refused else int(outside.sum())
 
 
-def _logit_mse(scm: Scm, site: Site, statistics: Statistics, seed: int) -> tuple[Array, str]:
-    del seed
-    risk = 0.5 * np.diagonal(curvature(site)) * statistics.moments[site.tensor].variance
-    exact = all(produces_logits(scm, reader) for reader in site.readers)
-    return risk, "squared logits" if exact else "squared change of the readers' outputs"
-
-
-def _variance(scm: Scm, site: Site, statistics: Statistics, seed: int) -> tuple[Array, str]:
+def _curved(scm: Scm, site: Site, statistics: Statistics, seed: int, *, unit: str) -> Scored:
+    """Interventional risk where the reverse pass reached the site, its reader-local surrogate elsewhere."""
     del scm, seed
-    return statistics.moments[site.tensor].variance, "variance of the unit"
+    moments = statistics.moments[site.tensor]
+    curvature = statistics.curvature.get(site.tensor)
+    if curvature is None:
+        risk = 0.5 * np.diagonal(reader_curvature(site)) * moments.variance
+        reason = statistics.refused.get(site.tensor, "no output depends on it")
+        return Scored(risk, moments.mean, f"{READER_LOCAL}: {reason}")
+    constants, risk, outside = optimal_constants(curvature, moments)
+    warning = (
+        f"site {site.tensor!r}: the mean replaces the optimal constant of {outside} of {site.size} units; optima lie outside "
+        "the range observed, where the quadratic says nothing"
+    )
+    return Scored(risk, constants, unit, (warning,) if outside else ())
 
 
-def _magnitude(scm: Scm, site: Site, statistics: Statistics, seed: int) -> tuple[Array, str]:
-    del statistics, seed
+def _curvature_times_variance(scm: Scm, site: Site, statistics: Statistics, seed: int) -> Scored:
+    moments, curvature = statistics.moments[site.tensor], statistics.curvature.get(site.tensor)
+    if curvature is None:
+        return _curved(scm, site, statistics, seed, unit="")
+    return Scored(0.5 * curvature.s11 / curvature.samples * moments.variance, moments.mean, "curvature times variance")
+
+
+def _variance(scm: Scm, site: Site, statistics: Statistics, seed: int) -> Scored:
+    del scm, seed
+    moments = statistics.moments[site.tensor]
+    return Scored(moments.variance, moments.mean, "variance of the unit")
+
+
+def _magnitude(scm: Scm, site: Site, statistics: Statistics, seed: int) -> Scored:
+    del seed
     squares: dict[int, float] = {}
     for creator in scm.creators_of(site.units):
         for slot in creator.slots:
@@ -103,12 +170,14 @@ def _magnitude(scm: Scm, site: Site, statistics: Statistics, seed: int) -> tuple
             rows = np.moveaxis(tensor.astype(np.float64), slot.axis, 0).reshape(len(slot.units), -1)
             for unit, square in zip(slot.units.tolist(), np.square(rows).sum(1).tolist(), strict=True):
                 squares[unit] = squares.get(unit, 0.0) + square
-    return np.sqrt([squares[unit] for unit in site.units.tolist()]), "norm of the incoming weights"
+    norms = np.sqrt([squares[unit] for unit in site.units.tolist()])
+    return Scored(norms, statistics.moments[site.tensor].mean, "norm of the incoming weights")
 
 
-def _random(scm: Scm, site: Site, statistics: Statistics, seed: int) -> tuple[Array, str]:
-    del scm, statistics
-    return np.random.default_rng([seed, site.group]).random(site.size), "random numbers"
+def _random(scm: Scm, site: Site, statistics: Statistics, seed: int) -> Scored:
+    del scm
+    numbers = np.random.default_rng([seed, site.group]).random(site.size)
+    return Scored(numbers, statistics.moments[site.tensor].mean, "random numbers")
 
 
 def _tensor(node: ir.Node, operand: int) -> npt.NDArray[np.generic]:
@@ -118,19 +187,36 @@ def _tensor(node: ir.Node, operand: int) -> npt.NDArray[np.generic]:
     return value.const_value.numpy()
 
 
-OBJECTIVES: Mapping[str, Callable[[Scm, Site, Statistics, int], tuple[Array, str]]] = {
-    "logit-mse": _logit_mse,
-    "variance": _variance,
-    "magnitude": _magnitude,
-    "random": _random,
+OBJECTIVES: Mapping[str, Objective] = {
+    "logit-mse": Objective(partial(_curved, unit=SQUARED_OUTPUTS), "identity"),
+    "kl": Objective(partial(_curved, unit=DIVERGENCE), "fisher"),
+    "cross-entropy": Objective(partial(_curved, unit="cross-entropy with the labels"), "fisher", gradient=True),
+    "cwvar": Objective(_curvature_times_variance, "identity"),
+    "variance": Objective(_variance),
+    "magnitude": Objective(_magnitude),
+    "random": Objective(_random),
 }
 
 
 def score(scm: Scm, sites: Sequence[Site], statistics: Statistics, objective: str, *, seed: int = 0) -> Scores:
     """Score every channel of `sites` under one of `OBJECTIVES`."""
-    found = {site.tensor: OBJECTIVES[objective](scm, site, statistics, seed) for site in sites}
+    found = {site.tensor: OBJECTIVES[objective].score(scm, site, statistics, seed) for site in sites}
     return Scores(
         objective,
-        {tensor: risk for tensor, (risk, _) in found.items()},
-        {tensor: basis for tensor, (_, basis) in found.items()},
+        {tensor: scored.risk for tensor, scored in found.items()},
+        {tensor: scored.constants for tensor, scored in found.items()},
+        {tensor: scored.basis for tensor, scored in found.items()},
+        tuple(warning for scored in found.values() for warning in scored.warnings),
     )
+
+
+def joint_curvature(site: Site, statistics: Statistics) -> Array:
+    """G with ½ tr(G_PP R_PP) the predicted risk of replacements whose error has covariance R, [channels, channels].
+
+    Σ_positions E[λ λᵀ] per sample where the reverse pass reached the site, taking errors at different positions as
+    independent; the readers' own W Wᵀ elsewhere.
+    """
+    curvature = statistics.curvature.get(site.tensor)
+    if curvature is None or curvature.second is None:
+        return reader_curvature(site)
+    return curvature.second / curvature.samples

@@ -30,6 +30,7 @@ class Builder:
 
     graph: ir.Graph
     opset: int
+    prefix: str = PREFIX
     _made: dict[Any, ir.Value] = field(default_factory=dict)
 
     def op(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
@@ -42,7 +43,7 @@ class Builder:
         """Outputs of a node."""
         key = (operator, domain, tuple(map(id, inputs)), repr(sorted(attributes.items())), outputs)
         if (key, 0) not in self._made:
-            values = [ir.Value(name=f"{PREFIX}{len(self._made)}.{i}") for i in range(outputs)]
+            values = [ir.Value(name=f"{self.prefix}{len(self._made)}.{i}") for i in range(outputs)]
             node = ir.node(operator, list(inputs), attributes, domain=domain, outputs=values, name=values[0].name)
             self.graph.append(node)
             self._made |= {(key, i): value for i, value in enumerate(values)}
@@ -53,7 +54,7 @@ class Builder:
         array = np.asarray(value, dtype=dtype)
         key = ("constant", array.tobytes(), array.dtype.str, array.shape)
         if key not in self._made:
-            tensor = ir.tensor(array, name=f"{PREFIX}{len(self._made)}")
+            tensor = ir.tensor(array, name=f"{self.prefix}{len(self._made)}")
             stored = ir.Value(
                 name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
             )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
+import onnx_ir as ir
+
 from mscompile.operators.axes import DIALECT, OUT, Dim, NodeView, Operator, Signature
+from mscompile.operators.backward import Backward
 
 
 def elementwise(node: NodeView) -> Signature | str:
@@ -53,14 +57,25 @@ def unary(node: NodeView) -> Signature | str:
     return Signature(tuple(((0, a), (OUT, a)) for a in range(rank)))
 
 
-_UNARY = """Relu LeakyRelu ThresholdedRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Swish Mish Tanh Softplus Softsign
+def relu_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """1 where the output is positive."""
+    return {0: b.op("Mul", b.gradient, b.where_positive(b.output()))}
+
+
+def addition_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The gradient, to every operand."""
+    return {operand: b.unbroadcast(b.gradient, operand) for operand in b.wanted}
+
+
+_UNARY = """LeakyRelu ThresholdedRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Swish Mish Tanh Softplus Softsign
 Gelu Erf Exp Log Sqrt Abs Neg Reciprocal Sign Floor Ceil Round Sin Cos Clip Cast Identity"""
 _BROADCAST = "Sub Mul Div Pow Min Max Mean PRelu Where"
 
 ROWS = (
+    Operator("Relu", unary, reverse=relu_reverse),
     *(Operator(name, unary) for name in _UNARY.split()),
     *(Operator(name, elementwise) for name in _BROADCAST.split()),
-    *(Operator(name, addition) for name in ("Add", "Sum")),
+    *(Operator(name, addition, reverse=addition_reverse) for name in ("Add", "Sum")),
     Operator("Dropout", dropout),
     # do(unit := value), written into a graph by passes/replace.py; never leaves the compiler.
     Operator("Replace", unary, domain=DIALECT),

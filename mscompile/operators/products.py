@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
 
 from mscompile.operators.axes import OUT, Linear, NodeView, Operator, Port, Signature
+from mscompile.operators.backward import Backward
 
 
 def gemm(node: NodeView) -> Signature | str:
@@ -94,8 +98,24 @@ def product_macs(node: NodeView) -> int:
     return _output_volume(node) * int(shape[0 if node.attribute("transA", 0) else -1] or 1)
 
 
+def gemm_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """DA = alpha · dY Bᵀ, dB = alpha · Aᵀ dY, each turned as its operand is."""
+    left, right = bool(b.view.attribute("transA", 0)), bool(b.view.attribute("transB", 0))
+    alpha = float(b.view.attribute("alpha", 1.0))
+    found = {}
+    if 0 in b.wanted:
+        operands = (b.input(1), b.gradient, right, True) if left else (b.gradient, b.input(1), False, not right)
+        found[0] = b.op("Gemm", *operands[:2], alpha=alpha, transA=int(operands[2]), transB=int(operands[3]))
+    if 1 in b.wanted:
+        operands = (b.gradient, b.input(0), True, left) if right else (b.input(0), b.gradient, not left, False)
+        found[1] = b.op("Gemm", *operands[:2], alpha=alpha, transA=int(operands[2]), transB=int(operands[3]))
+    if 2 in b.wanted:
+        found[2] = b.unbroadcast(b.op("Mul", b.gradient, b.scalar(float(b.view.attribute("beta", 1.0)))), 2)
+    return found
+
+
 ROWS = (
-    Operator("Gemm", gemm, macs=product_macs),
+    Operator("Gemm", gemm, macs=product_macs, reverse=gemm_reverse),
     Operator("MatMul", matmul, macs=product_macs),
     Operator("Conv", conv, macs=conv_macs),
     Operator("ConvTranspose", conv_transpose, macs=conv_transpose_macs),

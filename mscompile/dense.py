@@ -1,0 +1,114 @@
+"""The dense model: opened, brought into canonical form, read as a structural causal model, and its data found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from mscompile import data as data_module
+from mscompile.data import InputSpec, Samples, Source
+from mscompile.errors import UnsupportedError
+from mscompile.files import from_proto, load_model
+from mscompile.inspection import inspect_scm
+from mscompile.options import Options
+from mscompile.passes import CANONICALISE
+from mscompile.plan import selectable
+from mscompile.scm import FLOATS, Scm, Site, read_scm
+
+Model = str | Path | onnx.ModelProto | ir.Model
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense model in canonical form, with what was found out about it."""
+
+    model: ir.Model
+    scm: Scm
+    groups: Mapping[int, list[Site]]
+    sha256: str
+    path: Path | None
+    specs: tuple[InputSpec, ...]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Sites that may be cut."""
+        return [site for sites in self.groups.values() for site in sites]
+
+    @property
+    def output(self) -> str:
+        """Name of the output that is compared: the first of floating point."""
+        found = (v for v in self.model.graph.outputs if v.dtype in FLOATS)
+        return next(found, self.model.graph.outputs[0]).name or ""
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each site's tensor."""
+        return {site.tensor: len(self.scm.shapes[site.tensor]) for site in self.scm.sites}
+
+
+def open_dense(model: Model, only: str | None = None, freeze: str | None = None) -> DenseModel:
+    """Open a model from a file or an object, which stays as it is.
+
+    `only` and `freeze` are regular expressions on site names, see `Options`.
+    """
+    path = Path(model) if isinstance(model, str | Path) else None
+    if path is not None:
+        loaded, sha256 = load_model(path)
+    else:
+        proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+        loaded = from_proto(proto)  # type: ignore[arg-type]
+        sha256 = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()  # type: ignore[union-attr]
+    specs = tuple(_specs(loaded))
+    CANONICALISE(loaded)
+    scm = read_scm(loaded)
+    return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs)
+
+
+def _specs(model: ir.Model) -> Iterator[InputSpec]:
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue  # a default value: the data need not give it
+        if value.dtype is None or value.shape is None:
+            raise UnsupportedError(
+                "an input has no declared tensor type",
+                where=f"input {value.name!r}",
+                why="sequences, optionals and unshaped inputs cannot be calibrated",
+                hint="export the model with tensor inputs",
+            )
+        shape = tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        yield InputSpec(value.name or "", value.dtype.numpy(), shape)
+
+
+def nothing_to_cut(source: DenseModel) -> str:
+    """Why no site can be cut, in one sentence."""
+    inspection = inspect_scm(source.scm)
+    reasons = dict.fromkeys(reason for reason in inspection.left_alone.values() if reason)
+    listed = "; ".join(list(reasons)[:3]) or "no operator contracts a unit axis with a weight"
+    return listed + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+
+
+def find_data(source: DenseModel, data: Source | None, options: Options) -> Samples | None:
+    """Read the data given, or that beside the model's file; None where there is none."""
+    if data is None and source.path is not None:
+        data = data_module.find_beside(source.path)
+    if data is None:
+        return None
+    return data_module.read(data, source.specs, labels=options.labels, limit=options.samples)
+
+
+def generated_inputs(specs: tuple[InputSpec, ...]) -> Samples | None:
+    """Standard-normal inputs for checking an exact rewrite, where every input is a float of static shape."""
+    shapes = {spec.name: (16, *spec.shape[1:]) for spec in specs}
+    if any(s.dtype.kind != "f" or isinstance(s.shape[0], int) for s in specs):
+        return None
+    if not all(isinstance(d, int) for shape in shapes.values() for d in shape):
+        return None
+    rng = np.random.default_rng(0)
+    inputs = {s.name: rng.standard_normal(shapes[s.name]).astype(s.dtype) for s in specs}  # type: ignore[arg-type]
+    return Samples(inputs, None, "generated")

@@ -1,0 +1,94 @@
+"""What can be asked of a compile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mscompile.errors import UsageError
+from mscompile.metrics import METRICS
+from mscompile.plan import Keep
+from mscompile.replacements import REPLACEMENTS
+from mscompile.scores import OBJECTIVES
+from mscompile.verify import Law
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile. Defaults are those of the command line.
+
+    Attributes
+    ----------
+    keep
+        Share of every site's channels to keep, or shares (float) and numbers (int) by site. None: search for `fidelity`.
+    fidelity
+        Interchange-intervention accuracy to certify, where `keep` is not given.
+    objective, replacement
+        Keys of `OBJECTIVES` and `REPLACEMENTS`.
+    probes
+        Random seeds per sample of the reverse pass.
+    law, swap
+        Interchange law, see `Fidelity`, and its swap probability.
+    delta
+        Error probability of the certificate.
+    metric
+        Key of `METRICS`; chosen by the output's shape if None.
+    labels
+        Name of the labels in the data; recognised by itself if None.
+    samples
+        Samples to use at most; all if None.
+    batch_size, seed
+        Of calibration and verification; of splits and interchanges.
+    only, freeze
+        Regular expressions on site names: cut only these, never those.
+    """
+
+    keep: Keep | Mapping[str, Keep] | None = None
+    fidelity: float = 0.95
+    objective: Literal["logit-mse", "kl", "cross-entropy", "cwvar", "variance", "magnitude", "random"] = "logit-mse"
+    probes: int = 4
+    replacement: Literal["affine", "affine-parents", "constant"] = "affine"
+    law: Law = "one-site"
+    swap: float = 0.1
+    delta: float = 0.05
+    metric: Literal["argmax", "distance", "cosine"] | None = None
+    labels: str | None = None
+    samples: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+    only: str | None = None
+    freeze: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        checks: tuple[tuple[str, bool, str], ...] = (
+            ("fidelity", 0.0 < self.fidelity < 1.0, "lies between 0 and 1"),
+            ("swap", 0.0 <= self.swap <= 1.0, "lies in [0, 1]"),
+            ("delta", 0.0 < self.delta < 1.0, "lies between 0 and 1"),
+            ("probes", self.probes >= 1, "is at least 1"),
+            ("batch_size", self.batch_size >= 1, "is at least 1"),
+            ("seed", self.seed >= 0, "is not negative"),
+            ("objective", self.objective in OBJECTIVES, f"is one of {', '.join(OBJECTIVES)}"),
+            ("replacement", self.replacement in REPLACEMENTS, f"is one of {', '.join(REPLACEMENTS)}"),
+            ("law", self.law in get_args(Law), f"is one of {', '.join(get_args(Law))}"),
+            ("metric", self.metric is None or self.metric in METRICS, f"is one of {', '.join(METRICS)}"),
+            ("keep", not isinstance(self.keep, float) or 0.0 < self.keep <= 1.0, "is a share in (0, 1]"),
+        )
+        for name, holds, rule in checks:
+            if not holds:
+                raise UsageError(
+                    f"option {name} makes no sense",
+                    where=f"{name} = {getattr(self, name)!r}",
+                    why=f"it {rule}",
+                    hint="see `mscompile --help`",
+                )
+
+    @property
+    def goal(self) -> str:
+        """The goal in the words of the command line."""
+        if self.keep is None:
+            return f"--fidelity {self.fidelity:g}"
+        if isinstance(self.keep, Mapping):
+            return " ".join(f"--keep {name}={value}" for name, value in self.keep.items())
+        return f"--keep {self.keep:g}"

@@ -1,0 +1,144 @@
+"""Building the report from what was done."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from mscompile.data import Samples
+from mscompile.dense import DenseModel, generated_inputs
+from mscompile.inspection import Inspection, inspect_scm, readers_of
+from mscompile.options import Options
+from mscompile.plan import Plan
+from mscompile.report import (
+    DataReport,
+    FileReport,
+    Report,
+    SiteReport,
+    SizeReport,
+)
+from mscompile.runtime import Session
+from mscompile.search import Clock, Result
+from mscompile.sizes import Sizes, count_macs, count_parameters, measure_latency
+from mscompile.version import __version__
+
+
+def build_report(
+    source: DenseModel,
+    result: Result,
+    samples: Samples | None,
+    options: Options,
+    clock: Clock,
+    warnings: list[str],
+    command: str,
+    compiled: ir.Model,
+    target: Path | None,
+    sha256: str | None,
+    size: int,
+) -> Report:
+    """Measure sizes and put everything together; `size` is that of the compiled file in bytes."""
+    probe = samples if samples is not None else generated_inputs(source.specs)
+    latency: tuple[float | None, float | None] = (None, None)
+    macs: tuple[int | None, int | None] = (None, None)
+    difference = None
+    batch_size = None
+    if probe is not None:
+        with clock.time("measure"):
+            batch_size = min(options.batch_size, len(probe))
+            first = next(probe.batches(batch_size))
+            shapes = {name: array.shape for name, array in first.items()}
+            macs = count_macs(source.model, shapes), count_macs(compiled, shapes)
+            latency = measure_latency(source.model, compiled, probe, batch_size)
+            difference = _deployment_difference(compiled, first)
+    dense_bytes = source.path.stat().st_size if source.path is not None else ir.to_proto(source.model).ByteSize()
+    dense_params, compiled_params = count_parameters(source.model), count_parameters(compiled)
+    inspection = inspect_scm(source.scm, frozenset(site.tensor for site in result.plan.sites))
+    return Report(
+        versions={
+            "mscompile": __version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": ort.__version__,
+            "python": platform.python_version(),
+        },
+        command=command,
+        goal=options.goal if samples is not None else "weights only",
+        objective=result.plan.objective,
+        replacement=result.plan.replacement,
+        seed=options.seed,
+        dense=FileReport(path=None if source.path is None else str(source.path), sha256=source.sha256),
+        compiled=None if target is None or sha256 is None else FileReport(path=str(target), sha256=sha256),
+        plan_sha256=plan_digest(result.plan),
+        data=None
+        if samples is None
+        else DataReport(
+            source=samples.source,
+            sha256=samples.sha256,
+            samples=len(samples),
+            split={name: len(part) for name, part in result.parts.items()},
+            seed=options.seed,
+            notes=list(samples.notes),
+        ),
+        sites=_site_reports(source, result, inspection),
+        coverage=list(inspection.coverage),
+        sizes=SizeReport(
+            dense=Sizes(params=dense_params, macs=macs[0], bytes=dense_bytes, latency_ms=latency[0]),
+            compiled=Sizes(params=compiled_params, macs=macs[1], bytes=size, latency_ms=latency[1]),
+            latency_batch=batch_size,
+        ),
+        fold_error=result.fold_error,
+        fold_check=result.fold_check,
+        deployment_difference=difference,
+        fidelity=result.fidelity,
+        candidates=list(result.candidates),
+        timings={stage: round(seconds, 4) for stage, seconds in clock.seconds.items()},
+        warnings=warnings,
+    )
+
+
+def _site_reports(source: DenseModel, result: Result, inspection: Inspection) -> list[SiteReport]:
+    planned = {site.tensor: site for site in result.plan.sites}
+    reports = []
+    for site in source.scm.sites:
+        entry = planned.get(site.tensor)
+        left = result.compiled.alignment.get(site.tensor)
+        reports.append(
+            SiteReport(
+                name=site.tensor,
+                axis=site.axis,
+                size=site.size,
+                kept=site.size if entry is None else len(entry.kept),
+                width=site.size if left is None else len(left),
+                readers=readers_of(site),
+                basis=None if entry is None else entry.basis,
+                predicted_risk=None if entry is None else entry.predicted_risk,
+                left_alone=inspection.left_alone[site.tensor],
+            )
+        )
+    return reports
+
+
+def _deployment_difference(model: ir.Model, batch: Mapping[str, Any]) -> float:
+    """Largest difference that onnxruntime's own rewrites make to the compiled model, in standard deviations."""
+    plain, deployed = Session(model, optimise=False).run(batch), Session(model).run(batch)
+    worst = 0.0
+    for name, wanted in plain.items():
+        if wanted.dtype.kind in "iub?":
+            continue
+        gap = np.abs(wanted.astype(np.float64) - deployed[name].astype(np.float64))
+        finite = gap[np.isfinite(gap)]
+        spread = float(wanted[np.isfinite(wanted)].std()) or 1.0
+        worst = max(worst, float(finite.max()) / spread if finite.size else 0.0)
+    return worst
+
+
+def plan_digest(plan: Plan) -> str:
+    """Sha256 of the plan file's text."""
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()

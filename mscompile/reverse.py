@@ -1,0 +1,136 @@
+"""Reverse mode as graph rewriting: λ = Jᵀv at any tensors of a graph, as nodes of the same graph.
+
+The rules stand beside the operators' declarations (`mscompile.operators`). Only activations are differentiated, never
+weights, so that a reverse pass costs about what the forward pass costs. Where an operator has no rule, the gradients of
+everything before it would be incomplete: those tensors are refused, with the operator named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from mscompile.operators import NodeView, Shape, declared
+from mscompile.operators.backward import Backward, Builder
+from mscompile.scm import Refusal, captured, label
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of ``Σ_outputs vᵀ output`` with respect to tensors.
+
+    Attributes
+    ----------
+    values
+        Gradient by tensor name, for those that have one. A tensor that no output depends on has none and is not refused.
+    refused
+        Why a tensor has no complete gradient.
+    """
+
+    values: Mapping[str, ir.Value]
+    refused: Mapping[str, Refusal]
+
+
+@dataclass
+class _Pass:
+    build: Builder
+    shapes: Mapping[str, Shape]
+    dtype: np.dtype[np.generic]
+    wanted: frozenset[ir.Value]
+    parts: dict[ir.Value, list[ir.Value]] = field(default_factory=dict)
+    refused: dict[ir.Value, Refusal] = field(default_factory=dict)
+
+    def total(self, value: ir.Value) -> ir.Value | None:
+        """Sum of the contributions to a value's gradient."""
+        parts = self.parts.get(value)
+        if not parts:
+            return None
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.build.op("Add", total, part)
+        self.parts[value] = [total]
+        return total
+
+    def visit(self, node: ir.Node) -> None:
+        """Carry the gradients of a node's outputs to its inputs."""
+        targets = {i: v for i, v in enumerate(node.inputs) if v is not None and v in self.wanted}
+        hidden = [v for v in captured(node) if v in self.wanted]
+        refusal = next((self.refused[v] for v in node.outputs if v in self.refused), None)
+        gradients = tuple(self.total(v) for v in node.outputs)
+        if refusal is None and all(g is None for g in gradients):
+            return
+        found: Mapping[int, ir.Value] | str
+        if refusal is None:
+            row = declared(node)
+            if hidden or row is None or row.reverse is None:
+                found = "has no reverse-mode rule"
+            elif not targets:
+                return
+            else:
+                view = NodeView(node, self.shapes, self.build.opset)
+                found = row.reverse(Backward(view, self.build, gradients, frozenset(targets), self.dtype))
+            if isinstance(found, str):
+                refusal = Refusal(label(node), node.op_type, found)
+            else:
+                for operand, gradient in found.items():
+                    if operand in targets:
+                        self.parts.setdefault(targets[operand], []).append(gradient)
+                return
+        for value in (*targets.values(), *hidden):
+            self.refused.setdefault(value, refusal)
+
+
+def differentiate(
+    graph: ir.Graph,
+    build: Builder,
+    seeds: Mapping[str, ir.Value],
+    tensors: Sequence[str],
+    *,
+    shapes: Mapping[str, Shape],
+    dtype: npt.DTypeLike = np.float32,
+) -> Gradients:
+    """Append the reverse pass of a graph to it.
+
+    Parameters
+    ----------
+    graph
+        A sorted graph; nodes are appended.
+    build
+        Where the nodes go. One builder for several seeds computes what they share once.
+    seeds
+        v by name of the output it is for, each of its output's shape.
+    tensors
+        Names of the tensors whose gradients are asked for.
+    shapes
+        Shapes for a sample batch, as concrete as can be.
+    """
+    nodes = [node for node in graph if not (node.name or "").startswith(build.prefix)]
+    values = {v.name: v for node in nodes for v in node.outputs}
+    wanted = frozenset(_between(nodes, [values[t] for t in tensors], [values[o] for o in seeds]))
+    state = _Pass(build, shapes, np.dtype(dtype), wanted)
+    for output, seed in seeds.items():
+        state.parts.setdefault(values[output], []).append(seed)
+    for node in reversed(nodes):
+        state.visit(node)
+    asked = [values[t] for t in tensors]
+    return Gradients(
+        {v.name or "": g for v in asked if v not in state.refused and (g := state.total(v)) is not None},
+        {v.name or "": state.refused[v] for v in asked if v in state.refused},
+    )
+
+
+def _between(nodes: Sequence[ir.Node], starts: Sequence[ir.Value], ends: Sequence[ir.Value]) -> Iterator[ir.Value]:
+    """Values that depend on a start and on which an end depends, both included."""
+    below = set(starts)
+    for node in nodes:
+        if any(v in below for v in (*node.inputs, *captured(node)) if v is not None):
+            below.update(node.outputs)
+    above = set(ends)
+    for node in reversed(nodes):
+        if any(v in above for v in node.outputs):
+            above.update(v for v in (*node.inputs, *captured(node)) if v is not None)
+    return (v for v in below if v in above)

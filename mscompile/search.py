@@ -1,0 +1,318 @@
+"""From data or weights to a verified candidate: calibrate, plan, rewrite, prove, measure, certify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from mscompile import data as data_module
+from mscompile.data import Samples
+from mscompile.dense import DenseModel, generated_inputs
+from mscompile.errors import DataError, GoalError
+from mscompile.metrics import METRICS
+from mscompile.options import Options
+from mscompile.plan import Keep, Plan, make_plan, resolve_keep
+from mscompile.replacements import CONSTANT
+from mscompile.report import (
+    CandidateReport,
+    FidelityReport,
+    LawReport,
+)
+from mscompile.rewrite import Compiled, rewrite
+from mscompile.runtime import Progress
+from mscompile.scores import OBJECTIVES, Scores, score
+from mscompile.sizes import count_parameters
+from mscompile.statistics import Measure, Statistics, calibrate
+from mscompile.verify import Fidelity, Interchange, Law, fold_error, make_pair
+from mscompile.weights import exact_plan
+
+SHARES = {"calibrate": 0.5, "choose": 0.1, "certify": 0.4}
+"""How data is split. Fitting wants the most; certifying wants pairs, two samples each."""
+GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+"""Keep ratios that the search for a fidelity tries, from large to small: an order fixed before any data is seen."""
+STRESS: tuple[tuple[Law, float], ...] = tuple((law, p) for law in get_args(Law) for p in (0.1, 0.5, 1.0))
+"""Laws and swap probabilities reported beside the certified ones."""
+FEWEST = 16
+"""Samples below which nothing is fitted or certified."""
+PROOF_SAMPLES = 256
+"""Samples on which the fold error is measured, at most."""
+
+
+@dataclass
+class Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Result:
+    """A verified candidate, with all that the report says of it.
+
+    Attributes
+    ----------
+    fold_check
+        On what the fold error was measured.
+    measured
+        Measured risk by site tensor, of the quantity that the plan predicts.
+    parts
+        The data by what it was used for.
+    """
+
+    plan: Plan
+    compiled: Compiled
+    fold_error: float | None
+    fold_check: str
+    fidelity: FidelityReport | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
+    candidates: tuple[CandidateReport, ...] = ()
+    parts: Mapping[str, Samples] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def compile_from_weights(source: DenseModel, clock: Clock) -> Result:
+    """Compile without data: only what the weights prove."""
+    with clock.time("plan"):
+        plan = exact_plan(source.scm, source.groups, model_sha256=source.sha256)
+    if not plan.sites:
+        raise GoalError(
+            "without data there is nothing to do",
+            where=str(source.path or "model"),
+            why="its weights alone prove no unit constant, duplicate or unread",
+            hint="give calibration data with --calib\n"
+            + data_module.recipe(source.specs, source.path or Path("model.onnx")),
+        )
+    with clock.time("rewrite"):
+        compiled = rewrite(source.model, plan)
+    probes = generated_inputs(source.specs)
+    error = None
+    if probes is not None:
+        with clock.time("prove"):
+            pair = make_pair(source.model, compiled.model, plan, source.ranks, compiled.alignment)
+            error = fold_error(pair, plan, probes, len(probes))
+    check = "on generated standard-normal inputs" if probes is not None else "not run: no data, and no inputs to generate"
+    warning = "no data: only what the weights prove was done, and fidelity was not measured"
+    return Result(plan, compiled, error, check, warnings=(warning,))
+
+
+def compile_from_data(source: DenseModel, samples: Samples, options: Options, clock: Clock, progress: Progress) -> Result:
+    """Compile with data: calibrate, search or take the plan asked for, prove, certify."""
+    if len(samples) < FEWEST:
+        raise DataError(
+            "there are too few samples",
+            where=samples.source,
+            why=f"{len(samples)} samples; fitting and verifying take at least {FEWEST}",
+            hint="give more data; some hundred samples are a good start",
+        )
+    parts = dict(zip(SHARES, samples.split(tuple(SHARES.values()), options.seed), strict=True))
+    with clock.time("calibrate"):
+        statistics = calibrate(
+            source.scm,
+            source.sites,
+            parts["calibrate"],
+            batch_size=options.batch_size,
+            measure=_measure(source, options),
+            progress=progress,
+        )
+        scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
+    _enough(source, statistics, options)
+    search = Search(source, statistics, scores, parts, options, clock, progress)
+    if options.keep is not None:
+        return search.fixed(options.keep)
+    return search.smallest()
+
+
+def _measure(source: DenseModel, options: Options) -> Measure:
+    """What the objective and the replacement need to know."""
+    objective = OBJECTIVES[options.objective]
+    return Measure(
+        covariance=options.replacement != CONSTANT,
+        extremes=True,
+        output=source.output,
+        curvature=objective.curvature,
+        gradient=objective.gradient,
+        probes=options.probes,
+        seed=options.seed,
+        second=objective.curvature != "none",
+    )
+
+
+def _enough(source: DenseModel, statistics: Statistics, options: Options) -> None:
+    for site in source.sites:
+        count = statistics.moments[site.tensor].count
+        if options.replacement != "constant" and count <= site.size:
+            raise DataError(
+                "there are too few samples for affine replacement",
+                where=f"site {site.tensor!r}",
+                why=f"{count} observations (samples × positions) for {site.size} channels leave the fit undetermined",
+                hint="give more data, leave the site out with --freeze, or use --replacement constant",
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One size, rewritten; `interchange` is None where nothing was cut."""
+
+    keep: float
+    plan: Plan
+    compiled: Compiled
+    interchange: Interchange | None
+    params: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """Candidates from one calibration."""
+
+    source: DenseModel
+    statistics: Statistics
+    scores: Scores
+    parts: Mapping[str, Samples]
+    options: Options
+    clock: Clock
+    progress: Progress
+
+    def fixed(self, keep: Keep | Mapping[str, Keep]) -> Result:
+        """The plan that was asked for."""
+        return self._finish(self._candidate(keep), (), attempts=1)
+
+    def smallest(self) -> Result:
+        """The smallest candidate of the grid whose fidelity is certified.
+
+        Candidates are measured on the `choose` part from large to small until two in a row fall short. Those that did not
+        are then tested on the `certify` part in the same order, each at the full δ, up to the first that fails. A wrong
+        certificate needs the first untrue claim in that fixed order to pass, so that its probability stays below δ however
+        many are tested (fixed-sequence testing; Maurer, Hothorn and Lehmacher 1995).
+        """
+        tried: list[tuple[Candidate, Fidelity]] = []
+        misses = 0
+        for keep in self.progress(GRID, "search", len(GRID)):
+            candidate = self._candidate(keep)
+            if candidate.interchange is None:
+                continue
+            fidelity = self._measure(candidate, "choose", self.options.delta)
+            tried.append((candidate, fidelity))
+            misses = misses + 1 if fidelity.iia < self.options.fidelity else 0
+            if misses == 2:
+                break
+        entries = tuple(CandidateReport(keep=c.keep, params=c.params, iia=f.iia, iia_lower=f.iia_lower) for c, f in tried)
+        certified: Candidate | None = None
+        attempts, bound = 0, 0.0
+        for candidate, chosen in tried:
+            if chosen.iia < self.options.fidelity:
+                continue
+            attempts += 1
+            bound = self._measure(candidate, "certify", self.options.delta).iia_lower
+            if bound < self.options.fidelity:
+                break
+            certified = candidate
+        if certified is not None:
+            return self._finish(certified, entries, attempts=attempts)
+        best = max((f.iia for _, f in tried), default=0.0)
+        raise GoalError(
+            f"no candidate is certified to reach an IIA of {self.options.fidelity:g}",
+            where=f"{len(tried)} candidates, {len(self.parts['certify']) // 2} pairs held out to certify",
+            why=f"the best IIA measured was {best:.4f}"
+            + (f", certified to be at least {bound:.4f}; fewer pairs need a larger margin" if attempts else ""),
+            hint="give more data, ask for less with --fidelity, or fix a size with --keep",
+        )
+
+    def _candidate(self, keep: Keep | Mapping[str, Keep]) -> Candidate:
+        source, options = self.source, self.options
+        with self.clock.time("plan"):
+            plan = make_plan(
+                source.scm,
+                self.statistics,
+                self.scores,
+                source.groups,
+                resolve_keep(source.scm, source.groups, keep),
+                model_sha256=source.sha256,
+                replacement=options.replacement,
+                swap=options.swap,
+            )
+        with self.clock.time("rewrite"):
+            compiled = rewrite(source.model, plan)
+        interchange = None
+        if plan.sites:
+            with self.clock.time("verify"):
+                pair = make_pair(source.model, compiled.model, plan, source.ranks, compiled.alignment)
+                metric = None if options.metric is None else METRICS[options.metric]
+                interchange = Interchange(pair, self.parts["choose"], batch_size=options.batch_size, metric=metric)
+        ratio = float(keep) if isinstance(keep, float) else float("nan")
+        return Candidate(ratio, plan, compiled, interchange, count_parameters(compiled.model))
+
+    def _measure(
+        self, candidate: Candidate, part: str, delta: float, law: Law | None = None, swap: float | None = None
+    ) -> Fidelity:
+        """Interchange on one part, under the law asked for unless another is given."""
+        assert candidate.interchange is not None
+        law = self.options.law if law is None else law
+        swap = self.options.swap if swap is None else swap
+        with self.clock.time("verify"):
+            return candidate.interchange.run(
+                self.parts[part], law=law, swap=swap, seed=self.options.seed, delta=delta, progress=self.progress
+            )
+
+    def _finish(self, candidate: Candidate, entries: tuple[CandidateReport, ...], *, attempts: int) -> Result:
+        """Prove the fold, measure everything on the `certify` part."""
+        options = self.options
+        if candidate.interchange is None:
+            return Result(
+                candidate.plan,
+                candidate.compiled,
+                0.0,
+                "nothing was replaced",
+                candidates=entries,
+                parts=self.parts,
+                warnings=("nothing was cut: the goal keeps every unit",),
+            )
+        interchange = candidate.interchange
+        proof = self.parts["choose"].take(slice(PROOF_SAMPLES))
+        with self.clock.time("prove"):
+            error = fold_error(interchange.pair, candidate.plan, proof, options.batch_size)
+        main = self._measure(candidate, "certify", options.delta)
+        stress = [
+            self._measure(candidate, "certify", options.delta, law, swap)
+            for law, swap in STRESS
+            if (law, swap) != (options.law, options.swap) and (law == options.law or len(candidate.plan.sites) > 1)
+        ]
+        with self.clock.time("verify"):
+            plain = interchange.plain(self.parts["certify"])
+        fidelity = FidelityReport(
+            metric=interchange.metric.name,
+            iia=main.iia,
+            iia_lower=main.iia_lower,
+            law=main.law,
+            swap=main.swap,
+            delta=main.delta,
+            attempts=attempts,
+            trials=main.trials,
+            disagreements=main.disagreements,
+            agreement=plain["agreement"] or 0.0,
+            logit_mse_relative=main.logit_mse_relative,
+            kl=main.kl,
+            accuracy_dense=plain["accuracy_dense"],
+            accuracy_compiled=plain["accuracy_compiled"],
+            full_source_checked=interchange.full_source_checked,
+            stress=[
+                LawReport(
+                    law=s.law, swap=s.swap, trials=s.trials, iia=s.iia, logit_mse_relative=s.logit_mse_relative, kl=s.kl
+                )
+                for s in stress
+            ],
+        )
+        check = f"on {len(proof)} samples that took no part in calibration"
+        return Result(
+            candidate.plan, candidate.compiled, error, check, fidelity, {}, entries, self.parts, self.scores.warnings
+        )
