@@ -46,6 +46,7 @@ class SiteReport(_Section):
     readers: list[str]
     basis: str | None
     predicted_risk: float | None
+    measured_risk: float | None
     left_alone: str | None
 
 

@@ -119,6 +119,7 @@ def _site_reports(source: DenseModel, result: Result, inspection: Inspection) ->
                 readers=readers_of(site),
                 basis=None if entry is None else entry.basis,
                 predicted_risk=None if entry is None else entry.predicted_risk,
+                measured_risk=result.measured.get(site.tensor),
                 left_alone=inspection.left_alone[site.tensor],
             )
         )

@@ -140,8 +140,8 @@ def _curved(scm: Scm, site: Site, statistics: Statistics, seed: int, *, unit: st
         return Scored(risk, moments.mean, f"{READER_LOCAL}: {reason}")
     constants, risk, outside = optimal_constants(curvature, moments)
     warning = (
-        f"site {site.tensor!r}: the mean replaces the optimal constant of {outside} of {site.size} units; optima lie outside "
-        "the range observed, where the quadratic says nothing"
+        f"site {site.tensor!r}: the mean replaces the optimal constant of {outside} of {site.size} units; optima lie "
+        "outside the range observed, where the quadratic says nothing"
     )
     return Scored(risk, constants, unit, (warning,) if outside else ())
 

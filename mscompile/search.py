@@ -16,6 +16,7 @@ from mscompile.errors import DataError, GoalError
 from mscompile.metrics import METRICS
 from mscompile.options import Options
 from mscompile.plan import Keep, Plan, make_plan, resolve_keep
+from mscompile.prediction import site_risks
 from mscompile.replacements import CONSTANT
 from mscompile.report import (
     CandidateReport,
@@ -281,6 +282,9 @@ class Search:
         proof = self.parts["choose"].take(slice(PROOF_SAMPLES))
         with self.clock.time("prove"):
             error = fold_error(interchange.pair, candidate.plan, proof, options.batch_size)
+        with self.clock.time("check"):
+            source = self.source
+            risks = site_risks(source.model, candidate.plan, source.ranks, source.output, proof, options.batch_size)
         main = self._measure(candidate, "certify", options.delta)
         stress = [
             self._measure(candidate, "certify", options.delta, law, swap)
@@ -314,5 +318,5 @@ class Search:
         )
         check = f"on {len(proof)} samples that took no part in calibration"
         return Result(
-            candidate.plan, candidate.compiled, error, check, fidelity, {}, entries, self.parts, self.scores.warnings
+            candidate.plan, candidate.compiled, error, check, fidelity, risks, entries, self.parts, self.scores.warnings
         )

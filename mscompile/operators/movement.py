@@ -41,6 +41,13 @@ def regroup(node: NodeView) -> Signature | str:
     return Signature(tuple(links), tuple(moves), moving=True, mixes="reshapes this axis")
 
 
+def squeeze(node: NodeView) -> Signature | str:
+    """Drops the axes it names; one that names none drops whatever narrows to a single channel."""
+    if node.attribute("axes", None) is None and node.value(1) is None:
+        return "squeezes every axis of size 1, whichever these are"
+    return regroup(node)
+
+
 def reshape(node: NodeView) -> Signature | str:
     """Regroups axes to a target shape, whose positive entries follow when a width changes."""
     target = node.constant(1)
@@ -83,5 +90,6 @@ def _volume(shape: Shape, axes: Sequence[int]) -> int | None:
 ROWS = (
     Operator("Transpose", transpose),
     Operator("Reshape", reshape),
-    *(Operator(name, regroup) for name in ("Flatten", "Squeeze", "Unsqueeze")),
+    Operator("Squeeze", squeeze),
+    *(Operator(name, regroup) for name in ("Flatten", "Unsqueeze")),
 )

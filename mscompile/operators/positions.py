@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from mscompile.operators.axes import OUT, Declaration, NodeView, Operator, Signature
+from mscompile.operators.axes import OUT, NodeView, Operator, Signature
 
 
-def per_channel(*parameters: int) -> Declaration:
-    """Per-channel map of axis 1 with one parameter vector per operand in `parameters` (batch normalisation)."""
+def batch_normalisation(node: NodeView) -> Signature | str:
+    """An affine map per channel of axis 1."""
+    rank = node.rank(0)
+    if rank is None or rank < 2:
+        return "its input has no channel axis"
+    if node.attribute("training_mode", 0):
+        return "is in training mode"
+    links = tuple(((0, a), (OUT, a)) for a in range(rank) if a != 1)
+    return Signature((*links, ((0, 1), (1, 0), (2, 0), (3, 0), (4, 0), (OUT, 1))))
 
-    def declare(node: NodeView) -> Signature | str:
-        rank = node.rank(0)
-        if rank is None or rank < 2:
-            return "its input has no channel axis"
-        if node.attribute("training_mode", 0):
-            return "is in training mode"
-        links = tuple(((0, a), (OUT, a)) for a in range(rank) if a != 1)
-        return Signature((*links, ((0, 1), *((p, 0) for p in parameters), (OUT, 1))))
 
-    return declare
+def instance_normalisation(node: NodeView) -> Signature | str:
+    """Normalises each channel of each sample over its positions."""
+    links = (((0, 0), (OUT, 0)), ((0, 1), (1, 0), (2, 0), (OUT, 1)))
+    return Signature(links, mixes="normalises across this axis")
 
 
 def pooling(node: NodeView) -> Signature | str:
@@ -58,20 +58,23 @@ def softmax(node: NodeView) -> Signature | str:
     if rank is None:
         return "its input has no known rank"
     axis = node.attribute("axis", -1 if node.opset >= 13 else 1) % rank
-    return _normalised(rank, (axis,) if node.opset >= 13 else range(axis, rank))
+    over = (axis,) if node.opset >= 13 else range(axis, rank)
+    links = tuple(((0, a), (OUT, a)) for a in range(rank) if a not in over)
+    return Signature(links, mixes="normalises across this axis")
 
 
 def layer_normalisation(node: NodeView) -> Signature | str:
-    """Normalises over `axis` and every axis behind it; the axes before it pass."""
+    """Normalises over `axis` and every axis behind it; the axes before it pass, with those of scale and bias, if any."""
     rank = node.rank(0)
     if rank is None:
         return "its input has no known rank"
-    return _normalised(rank, range(node.attribute("axis", -1) % rank, rank))
-
-
-def _normalised(rank: int, over: Sequence[int]) -> Signature:
-    links = tuple(((0, a), (OUT, a)) for a in range(rank) if a not in over)
-    return Signature(links, mixes="normalises across this axis")
+    shapes = {operand: node.shape(operand) for operand in (1, 2) if node.value(operand) is not None}
+    links = []
+    for axis in range(node.attribute("axis", -1) % rank):
+        aligned = {operand: axis - rank + len(shape) for operand, shape in shapes.items() if shape is not None}
+        vary = ((o, a) for o, a in aligned.items() if a >= 0 and shapes[o][a] != 1)  # type: ignore[index]
+        links.append(((0, axis), *vary, (OUT, axis)))
+    return Signature(tuple(links), mixes="normalises across this axis")
 
 
 _REDUCTIONS = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceProd ReduceLogSumExp"
@@ -80,8 +83,8 @@ _REDUCTIONS = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 Reduce
 ROWS = (
     *(Operator(name, reduction) for name in _REDUCTIONS.split()),
     *(Operator(name, pooling) for name in ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")),
-    Operator("BatchNormalization", per_channel(1, 2, 3, 4)),
-    Operator("InstanceNormalization", per_channel(1, 2)),
+    Operator("BatchNormalization", batch_normalisation),
+    Operator("InstanceNormalization", instance_normalisation),
     *(Operator(name, softmax) for name in ("Softmax", "LogSoftmax")),
     *(Operator(name, layer_normalisation) for name in ("LayerNormalization", "RMSNormalization")),
 )

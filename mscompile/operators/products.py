@@ -17,16 +17,19 @@ def gemm(node: NodeView) -> Signature | str:
     a_k, a_m = (0, 1) if node.attribute("transA", 0) else (1, 0)
     alpha, beta = float(node.attribute("alpha", 1.0)), float(node.attribute("beta", 1.0))
     bias = node.shape(2)
+    rows: tuple[Port, ...] = ((0, a_m), (OUT, 0))
     created: tuple[Port, ...] = ((1, n), (OUT, 1))
     if node.value(2) is not None:
         if bias is None:
             return "its bias has no known shape"
         if bias and bias[-1] != 1:
             created = ((1, n), (2, len(bias) - 1), (OUT, 1))
+        if len(bias) == 2 and bias[0] != 1:
+            rows = ((0, a_m), (2, 0), (OUT, 0))
     vector = node.value(2) is None or (bias is not None and bias[-1:] not in ((), (1,)) and set(bias[:-1]) <= {1})
     foldable = vector and (beta != 0 or node.value(2) is None)
     linear = Linear(0, 1, 2 if foldable else None, gain=alpha, bias_gain=beta)
-    return Signature((((0, a_k), (1, k)), ((0, a_m), (OUT, 0)), created), linear=linear)
+    return Signature((((0, a_k), (1, k)), rows, created), linear=linear)
 
 
 def matmul(node: NodeView) -> Signature | str:
