@@ -26,6 +26,9 @@ class Options:
         Interchange-intervention accuracy to certify, where `keep` is not given.
     objective, replacement
         Keys of `OBJECTIVES` and `REPLACEMENTS`.
+    selection
+        ``joint``: backward elimination, which only affine replacement under an objective with curvature has; ``additive``:
+        by score. See `joint` for what is in force.
     probes
         Random seeds per sample of the reverse pass.
     law, swap
@@ -47,6 +50,7 @@ class Options:
     keep: Keep | Mapping[str, Keep] | None = None
     fidelity: float = 0.95
     objective: Literal["logit-mse", "kl", "cross-entropy", "cwvar", "variance", "magnitude", "random"] = "logit-mse"
+    selection: Literal["joint", "additive"] = "joint"
     probes: int = 4
     replacement: Literal["affine", "affine-parents", "constant"] = "affine"
     law: Law = "one-site"
@@ -66,6 +70,7 @@ class Options:
             ("fidelity", 0.0 < self.fidelity < 1.0, "lies between 0 and 1"),
             ("swap", 0.0 <= self.swap <= 1.0, "lies in [0, 1]"),
             ("delta", 0.0 < self.delta < 1.0, "lies between 0 and 1"),
+            ("selection", self.selection in ("joint", "additive"), "is joint or additive"),
             ("probes", self.probes >= 1, "is at least 1"),
             ("batch_size", self.batch_size >= 1, "is at least 1"),
             ("seed", self.seed >= 0, "is not negative"),
@@ -83,6 +88,11 @@ class Options:
                     why=f"it {rule}",
                     hint="see `mscompile --help`",
                 )
+
+    @property
+    def joint(self) -> bool:
+        """Whether units are chosen jointly."""
+        return self.selection == "joint" and self.replacement == "affine" and OBJECTIVES[self.objective].curvature != "none"
 
     @property
     def goal(self) -> str:

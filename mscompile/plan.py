@@ -193,16 +193,19 @@ def make_plan(
     statistics: Statistics,
     scores: Scores,
     groups: Mapping[int, Sequence[Site]],
+    orders: Mapping[int, IntArray],
     counts: Mapping[int, int],
     *,
     model_sha256: str,
     replacement: str,
     swap: float,
 ) -> Plan:
-    """Retain the units of highest score in each group and fit replacements for the others.
+    """Retain the units of each group that go last and fit replacements for the others.
 
     Parameters
     ----------
+    orders
+        Units by group in the order they go, see `mscompile.selection`.
     counts
         Channels left in the compiled model by group. Where constants must reach a zero-padded border, one of them is the
         carrier, so one unit fewer is retained.
@@ -214,17 +217,14 @@ def make_plan(
     planned: list[SitePlan] = []
     for group, count in counts.items():
         sites = groups[group]
-        units = np.unique(np.concatenate([site.units for site in sites]))
+        order = orders[group]
         retained = count - any(site.border for site in sites)
-        if count == len(units) or retained < 1:
+        if count == len(order) or retained < 1:
             continue
-        total = np.zeros(len(units))
-        for site in sites:
-            total[np.searchsorted(units, site.units)] += scores.risk[site.tensor]
-        kept_units = units[np.argsort(-total, kind="stable")[:retained]]
+        kept_units = np.sort(order[len(order) - retained :])
         planned += [_plan_site(site, statistics, scores, kept_units, replacement, swap) for site in sites]
-    order = {site.tensor: i for i, site in enumerate(scm.sites)}
-    planned.sort(key=lambda entry: order[entry.tensor])
+    place = {site.tensor: i for i, site in enumerate(scm.sites)}
+    planned.sort(key=lambda entry: place[entry.tensor])
     return Plan(
         model_sha256=model_sha256, objective=scores.objective, replacement=replacement, swap=swap, sites=tuple(planned)
     )

@@ -14,6 +14,7 @@ from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
 from mscompile.errors import DataError, GoalError
 from mscompile.metrics import METRICS
+from mscompile.operators import IntArray
 from mscompile.options import Options
 from mscompile.plan import Keep, Plan, make_plan, resolve_keep
 from mscompile.prediction import site_risks
@@ -26,6 +27,7 @@ from mscompile.report import (
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runtime import Progress
 from mscompile.scores import OBJECTIVES, Scores, score
+from mscompile.selection import additive_order, joint_order
 from mscompile.sizes import count_parameters
 from mscompile.statistics import Measure, Statistics, calibrate
 from mscompile.verify import Fidelity, Interchange, Law, fold_error, make_pair
@@ -128,7 +130,12 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
         )
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
     _enough(source, statistics, options)
-    search = Search(source, statistics, scores, parts, options, clock, progress)
+    with clock.time("plan"):
+        orders = {
+            group: joint_order(sites, statistics, options.swap) if options.joint else additive_order(sites, scores)
+            for group, sites in source.groups.items()
+        }
+    search = Search(source, statistics, scores, orders, parts, options, clock, progress)
     if options.keep is not None:
         return search.fixed(options.keep)
     return search.smallest()
@@ -179,6 +186,7 @@ class Search:
     source: DenseModel
     statistics: Statistics
     scores: Scores
+    orders: Mapping[int, IntArray]
     parts: Mapping[str, Samples]
     options: Options
     clock: Clock
@@ -237,6 +245,7 @@ class Search:
                 self.statistics,
                 self.scores,
                 source.groups,
+                self.orders,
                 resolve_keep(source.scm, source.groups, keep),
                 model_sha256=source.sha256,
                 replacement=options.replacement,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
 
-from mscompile.operators.axes import DIALECT, OUT, Dim, NodeView, Operator, Signature
+from mscompile.operators.axes import DIALECT, OUT, NodeView, Operator, Signature
 from mscompile.operators.backward import Backward
 
 
 def elementwise(node: NodeView) -> Signature | str:
     """Every output element depends on the input elements at its place, after broadcasting."""
-    out = node.shape(OUT)
     shapes = {i: node.shape(i) for i, value in enumerate(node.node.inputs) if value is not None}
     if any(shape is None for shape in shapes.values()):
         return "its operands have no known rank"
@@ -23,10 +21,10 @@ def elementwise(node: NodeView) -> Signature | str:
     for axis in range(rank):
         aligned = {i: axis - rank + len(shape) for i, shape in shapes.items() if shape is not None}
         dims = {i: shapes[i][a] for i, a in aligned.items() if a >= 0}  # type: ignore[index]
-        full = out[axis] if out is not None and out[axis] is not None else max(dims.values(), key=_extent)
-        ports = tuple((i, aligned[i]) for i, dim in dims.items() if dim == full and dim is not None)
-        if ports:
-            links.append((*ports, (OUT, axis)))
+        wide = {dim for dim in dims.values() if dim != 1}
+        # Sizes that are not known to be equal may turn out as 1: then nothing is known to run in step.
+        if len(wide) <= 1 and None not in wide:
+            links.append((*((i, aligned[i]) for i, dim in dims.items() if dim in wide or not wide), (OUT, axis)))
     return Signature(tuple(links), mixes="broadcasts this axis")
 
 
@@ -34,11 +32,6 @@ def addition(node: NodeView) -> Signature | str:
     """Elementwise sum."""
     base = elementwise(node)
     return base if isinstance(base, str) else replace(base, additive=True)
-
-
-def _extent(dim: Dim) -> float:
-    """Order of dimensions under broadcasting: 1 yields to everything, a symbol yields to nothing."""
-    return dim if isinstance(dim, int) else math.inf
 
 
 def dropout(node: NodeView) -> Signature | str:

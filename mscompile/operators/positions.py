@@ -18,6 +18,8 @@ def batch_normalisation(node: NodeView) -> Signature | str:
 
 def instance_normalisation(node: NodeView) -> Signature | str:
     """Normalises each channel of each sample over its positions."""
+    if node.rank(0) is None:
+        return "its input has no known rank"
     links = (((0, 0), (OUT, 0)), ((0, 1), (1, 0), (2, 0), (OUT, 1)))
     return Signature(links, mixes="normalises across this axis")
 
