@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from mscompile import data as data_module
+from mscompile.calibration import Measure, calibrate
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
 from mscompile.errors import DataError, GoalError
@@ -29,7 +30,7 @@ from mscompile.runtime import Progress
 from mscompile.scores import OBJECTIVES, Scores, score
 from mscompile.selection import additive_order, joint_order
 from mscompile.sizes import count_parameters
-from mscompile.statistics import Measure, Statistics, calibrate
+from mscompile.statistics import Statistics
 from mscompile.verify import Fidelity, Interchange, Law, fold_error, make_pair
 from mscompile.weights import exact_plan
 

@@ -1,0 +1,440 @@
+"""Calibration: one streaming pass of onnxruntime that leaves with sums, never with activations.
+
+Nodes appended to a copy of the graph reduce each site's activations a, and the gradients λ = Jᵀv of the outputs for random
+or unit seeds v, to sums over samples; those are accumulated here in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from mscompile.data import Samples
+from mscompile.errors import DataError, UsageError
+from mscompile.operators import Shape
+from mscompile.operators.backward import PREFIX, Builder
+from mscompile.reverse import Gradients, differentiate
+from mscompile.runtime import Arrays, Progress, Session, no_progress
+from mscompile.scm import Scm, Site, infer_shapes
+from mscompile.statistics import Array, Curvature, Moments, Statistics
+
+EXACT_OUTPUTS = 16
+"""Outputs per sample up to which unit vectors are used as seeds: the curvature is exact then, not estimated."""
+HELD_BATCHES = 16
+"""Batches summed up in float32 inside onnxruntime before the sums are added to the float64 totals outside."""
+GROUP_BYTES = 1 << 30
+"""Channel-by-channel sums held at a time; sites beyond it wait for another pass over the data."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What calibration measures beside mean and variance.
+
+    Attributes
+    ----------
+    covariance
+        Whether the channels' covariance is summed, which affine replacement needs.
+    extremes
+        Whether the range of each channel is found, which guards optimal constants.
+    output
+        Name of the output that is differentiated.
+    curvature
+        ``identity``: of the squared distance of outputs. ``fisher``: of the KL divergence of the softmax over the last axis,
+        diag p − p pᵀ. ``none``: no reverse pass.
+    gradient
+        Whether the gradient of the cross-entropy with labels is summed as well.
+    probes
+        Random seeds per sample; outputs of at most `EXACT_OUTPUTS` values get all unit vectors instead.
+    seed
+        Of the random signs.
+    second
+        Whether E[λ λᵀ] is summed.
+    """
+
+    covariance: bool = True
+    extremes: bool = True
+    output: str = ""
+    curvature: Literal["identity", "fisher", "none"] = "none"
+    gradient: bool = False
+    probes: int = 4
+    seed: int = 0
+    second: bool = False
+
+
+def calibrate(
+    scm: Scm,
+    sites: Sequence[Site],
+    samples: Samples,
+    *,
+    batch_size: int,
+    measure: Measure,
+    progress: Progress = no_progress,
+) -> Statistics:
+    """Collect the statistics of `sites` over `samples`.
+
+    One pass over the data, or as many as it takes to hold at most `GROUP_BYTES` of sums at a time. Memory does not grow
+    with the number of samples; a site of C channels takes C² float64.
+
+    Raises
+    ------
+    DataError
+        Labels are needed and missing.
+    """
+    total: Statistics | None = None
+    for group in _groups(sites, measure):
+        part = _pass(scm, group, samples, batch_size, measure, progress)
+        total = part if total is None else _side_by_side(total, part)
+    if total is None:
+        raise UsageError("there is no site to calibrate", where="sites", why="the list is empty", hint="name a site")
+    return total
+
+
+def _groups(sites: Sequence[Site], measure: Measure) -> Iterator[list[Site]]:
+    square = 8 * (measure.covariance + measure.second)
+    group: list[Site] = []
+    used = 0
+    for site in sites:
+        size = square * site.size**2
+        if group and used + size > GROUP_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(site)
+        used += size
+    if group:
+        yield group
+
+
+def _side_by_side(a: Statistics, b: Statistics) -> Statistics:
+    return Statistics(
+        {**a.moments, **b.moments},
+        {**a.curvature, **b.curvature},
+        {**a.refused, **b.refused},
+        a.samples,
+        a.data_sha256,
+        a.onnxruntime,
+    )
+
+
+def _pass(
+    scm: Scm, sites: Sequence[Site], samples: Samples, batch_size: int, measure: Measure, progress: Progress
+) -> Statistics:
+    first = next(samples.batches(batch_size))
+    extent: tuple[int, ...] = ()
+    if measure.curvature != "none":
+        extent = Session(scm.model).run(first, [measure.output])[measure.output].shape[1:]
+    instrument = Instrument(scm, sites, {name: array.shape for name, array in first.items()}, measure, extent)
+    session = Session(instrument.model)
+    centres = {site.tensor: np.zeros(site.size, dtype=np.float32) for site in sites}
+    # Centre near the mean, or float32 sums would lose the variance of channels far from zero.
+    feed = {**first, **instrument.seeds(0, len(next(iter(first.values()))), samples)}
+    found = instrument.read(session.step({**feed, **_centre_feed(centres)}, instrument.empty()))
+    centres = {site.tensor: _first_mean(site, found) for site in sites}
+    moments: dict[str, Moments] = {}
+    curvature: dict[str, Curvature] = {}
+
+    def collect(state: Mapping[str, ort.OrtValue], count: int) -> None:
+        found = instrument.read(state)
+        for site in sites:
+            tensor, centre = site.tensor, centres[site.tensor].astype(np.float64)
+            new = _moments(site, found, centre)
+            moments[tensor] = moments[tensor] + new if tensor in moments else new
+            if tensor in instrument.differentiated:
+                more = _curvature(site, found, centre, count)
+                curvature[tensor] = curvature[tensor] + more if tensor in curvature else more
+
+    state, start, held = instrument.empty(), 0, 0
+    batches = math.ceil(len(samples) / batch_size)
+    for number, batch in enumerate(progress(samples.batches(batch_size), "calibrate", batches), start=1):
+        count = len(next(iter(batch.values())))
+        feed = {**batch, **instrument.seeds(start, count, samples), **_centre_feed(centres)}
+        totals = session.step(feed, state)
+        state = {_before(name): value for name, value in totals.items()}
+        start, held = start + count, held + count
+        if number % HELD_BATCHES == 0 or number == batches:
+            collect(totals, held)
+            state, held = instrument.empty(), 0
+    return Statistics(moments, curvature, instrument.refused, len(samples), (samples.sha256,), ort.__version__)
+
+
+class Instrument:
+    """Copy of a graph whose outputs are sums over a batch.
+
+    Its new inputs are the centres of the sites' channels, the seeds, and the sums so far; its outputs are the sums, named by
+    quantity and site.
+    """
+
+    def __init__(
+        self,
+        scm: Scm,
+        sites: Sequence[Site],
+        inputs: Mapping[str, tuple[int, ...]],
+        measure: Measure,
+        extent: tuple[int, ...],
+    ) -> None:
+        self.model = scm.model.clone()
+        self._graph = self.model.graph
+        self._build = Builder(self._graph, self._graph.opset_imports.get("", 1))
+        self._values = {v.name or "": v for node in self._graph for v in node.outputs}
+        self._measure, self._extent = measure, extent
+        shapes = infer_shapes(self.model, inputs)
+        self._sums: dict[str, tuple[tuple[int, ...], npt.NDArray[np.generic]]] = {}
+        self.differentiated: frozenset[str] = frozenset()
+        self.refused: dict[str, str] = {}
+        gradients: list[Gradients] = []
+        loss: Gradients | None = None
+        if measure.curvature != "none":
+            gradients = [self._differentiate(sites, shapes, self._probe(k)) for k in range(self.probes)]
+            if measure.gradient:
+                loss = self._differentiate(sites, shapes, self._loss_gradient())
+            self.refused = {tensor: str(reason) for tensor, reason in gradients[0].refused.items()}
+            self.differentiated = frozenset(gradients[0].values)
+        self._graph.outputs.clear()
+        for site in sites:
+            self._sum(site, len(shapes[site.tensor]), gradients, loss)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the seeds are all unit vectors."""
+        return math.prod(self._extent) <= EXACT_OUTPUTS
+
+    @property
+    def probes(self) -> int:
+        """Reverse passes per sample."""
+        return math.prod(self._extent) if self.exact else self._measure.probes
+
+    def seeds(self, start: int, count: int, samples: Samples) -> Arrays:
+        """Seeds of the samples `start` to `start + count`; those of a sample do not depend on the batches."""
+        if self._measure.curvature == "none":
+            return {}
+        feed: Arrays = {}
+        size = math.prod(self._extent)
+        if self.exact:
+            for k, vector in enumerate(np.eye(size, dtype=np.float32)):
+                feed[f"{PREFIX}seed.{k}"] = np.broadcast_to(vector, (count, size)).reshape(count, *self._extent).copy()
+        else:
+            signs = random_signs(self._measure.seed, start, count, self.probes * size)
+            probes = np.moveaxis(signs.reshape(count, self.probes, *self._extent), 1, 0)
+            feed = {f"{PREFIX}seed.{k}": np.ascontiguousarray(probes[k]) for k in range(self.probes)}
+        if self._measure.gradient:
+            feed[f"{PREFIX}labels"] = self._one_hot(samples, start, count)
+        return feed
+
+    def _one_hot(self, samples: Samples, start: int, count: int) -> npt.NDArray[np.float32]:
+        labels = samples.labels
+        classes = self._extent[-1]
+        if labels is None or labels.shape[1:] != self._extent[:-1] or labels.dtype.kind not in "iu":
+            raise DataError(
+                "the cross-entropy objective needs class labels",
+                where=samples.source,
+                why="there are no labels" if labels is None else f"labels are {labels.dtype} {labels.shape[1:]} per sample",
+                hint="add integer labels under `label`, or use --objective kl, which needs none",
+            )
+        chosen = labels[start : start + count]
+        if chosen.min() < 0 or chosen.max() >= classes:
+            raise DataError(
+                "a label is no class of the output",
+                where=samples.source,
+                why=f"labels run from {chosen.min()} to {chosen.max()}, the output has {classes} classes",
+                hint="number the classes from 0",
+            )
+        hot: npt.NDArray[np.float32] = np.eye(classes, dtype=np.float32)[chosen]
+        return hot
+
+    # -- nodes --
+
+    def _input(self, name: str, rank: int) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape([None] * rank), type=ir.TensorType(ir.DataType.FLOAT))
+        self._graph.inputs.append(value)
+        return value
+
+    def _dtype(self, tensor: str) -> ir.DataType:
+        return self._values[tensor].dtype or ir.DataType.FLOAT
+
+    def _differentiate(self, sites: Sequence[Site], shapes: Mapping[str, Shape], seed: ir.Value) -> Gradients:
+        output = self._measure.output
+        dtype = self._dtype(output)
+        if dtype != ir.DataType.FLOAT:
+            seed = self._build.op("Cast", seed, to=int(dtype))
+        tensors = [site.tensor for site in sites]
+        return differentiate(self._graph, self._build, {output: seed}, tensors, shapes=shapes, dtype=dtype.numpy())
+
+    def _probe(self, k: int) -> ir.Value:
+        """Seed k: the input itself, or for the Fisher curvature ``√p ∘ r − p (√p · r)``, whose second moment it is."""
+        seed = self._input(f"{PREFIX}seed.{k}", len(self._extent) + 1)
+        if self._measure.curvature == "identity":
+            return seed
+        p = self._softmax()
+        weighted = self._build.op("Mul", self._build.op("Sqrt", p), seed)
+        along = self._build.reduce("ReduceSum", weighted, [len(self._extent)])
+        return self._build.op("Sub", weighted, self._build.op("Mul", p, along))
+
+    def _softmax(self) -> ir.Value:
+        logits = self._build.op("Cast", self._values[self._measure.output], to=int(ir.DataType.FLOAT))
+        return self._build.op("Softmax", logits, axis=len(self._extent))
+
+    def _loss_gradient(self) -> ir.Value:
+        """Gradient of the cross-entropy: softmax minus one-hot labels."""
+        hot = self._input(f"{PREFIX}labels", len(self._extent) + 1)
+        return self._build.op("Sub", self._softmax(), hot)
+
+    def _output(
+        self, site: Site, quantity: str, value: ir.Value, shape: tuple[int, ...], start: np.int64 | np.float32
+    ) -> None:
+        """Return a quantity combined with what was found before: a sum, or the extreme where it starts at infinity."""
+        name, dtype = _name(site, quantity), ir.DataType.from_numpy(start.dtype)
+        before = ir.Value(name=_before(name), shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._graph.inputs.append(before)
+        combine = "Add" if np.isfinite(start) else "Min" if start > 0 else "Max"
+        after = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._graph.append(ir.node(combine, [before, value], outputs=[after], name=name))
+        self._graph.outputs.append(after)
+        self._sums[name] = shape, np.full(shape, start)
+
+    def empty(self) -> dict[str, ort.OrtValue]:
+        """The sums over no data."""
+        return {_before(name): ort.OrtValue.ortvalue_from_numpy(start) for name, (_, start) in self._sums.items()}
+
+    def read(self, state: Mapping[str, ort.OrtValue]) -> Arrays:
+        """The sums as arrays."""
+        return {name: value.numpy() for name, value in state.items()}
+
+    def _sum(self, site: Site, rank: int, gradients: Sequence[Gradients], loss: Gradients | None) -> None:
+        build, float32 = self._build, int(ir.DataType.FLOAT)
+        tensor = self._values[site.tensor]
+        if self._dtype(site.tensor) != ir.DataType.FLOAT:
+            tensor = build.op("Cast", tensor, to=float32)
+        centre = self._input(f"{PREFIX}centre:{site.tensor}", 1)
+        trailing = rank - 1 - site.axis
+        shaped = build.op("Reshape", centre, build.integers([site.size] + [1] * trailing)) if trailing else centre
+        centred = build.op("Sub", tensor, shaped)
+        rows = self._rows(centred, site, rank)
+        positions = [a for a in range(rank) if a != site.axis]
+        count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
+        zero, infinity, one = np.float32(0), np.float32(np.inf), (site.size,)
+        self._output(site, "count", count, (), np.int64(0))
+        self._output(site, "sum", self._total(centred, positions), one, zero)
+        if self._measure.covariance:
+            self._output(site, "products", self._products(rows), (site.size, site.size), zero)
+        else:
+            self._output(site, "squares", self._total(build.op("Mul", centred, centred), positions), one, zero)
+        if self._measure.extremes:
+            self._output(site, "low", build.reduce("ReduceMin", tensor, positions, keepdims=False), one, infinity)
+            self._output(site, "high", build.reduce("ReduceMax", tensor, positions, keepdims=False), one, -infinity)
+        if site.tensor not in self.differentiated:
+            return
+        sums: dict[str, list[ir.Value]] = {"s11": [], "s12": [], "s22": [], "second": []}
+        for gradient in gradients:
+            slope = self._float(gradient.values[site.tensor])
+            s1 = self._over_positions(slope, site, rank)
+            s2 = self._over_positions(build.op("Mul", slope, centred), site, rank)
+            for name, product in (("s11", (s1, s1)), ("s12", (s1, s2)), ("s22", (s2, s2))):
+                sums[name].append(self._total(build.op("Mul", *product), [0]))
+            if self._measure.second:
+                sums["second"].append(self._products(self._rows(slope, site, rank)))
+        share = 1.0 if self.exact else 1.0 / self.probes
+        for name, parts in sums.items():
+            if parts:
+                total = build.op("Mul", build.op("Sum", *parts), build.constant(share, np.float32))
+                self._output(site, name, total, one if name != "second" else (site.size, site.size), zero)
+        if loss is not None and site.tensor in loss.values:
+            slope = self._float(loss.values[site.tensor])
+            weighted = build.op("Mul", slope, centred)
+            self._output(site, "g1", self._total(slope, positions), one, zero)
+            self._output(site, "g2", self._total(weighted, positions), one, zero)
+
+    def _float(self, value: ir.Value) -> ir.Value:
+        if self._dtype(self._measure.output) == ir.DataType.FLOAT:
+            return value
+        return self._build.op("Cast", value, to=int(ir.DataType.FLOAT))
+
+    def _rows(self, value: ir.Value, site: Site, rank: int) -> ir.Value:
+        """[observations, channels]."""
+        if site.axis != rank - 1:
+            value = self._build.op("Transpose", value, perm=[a for a in range(rank) if a != site.axis] + [site.axis])
+        return value if rank == 2 else self._build.op("Reshape", value, self._build.integers([-1, site.size]))
+
+    def _products(self, rows: ir.Value) -> ir.Value:
+        return self._build.op("MatMul", self._build.op("Transpose", rows, perm=[1, 0]), rows)
+
+    def _total(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """[channels]: sum over `axes`. Down the rows of a matrix, a product with ones is several times faster."""
+        build = self._build
+        if list(axes) != [0]:
+            return build.reduce("ReduceSum", value, axes, keepdims=False)
+        samples = build.op("Shape", value)
+        rows = build.op("Concat", build.integers([1]), build.op("Gather", samples, build.integers([0]), axis=0), axis=0)
+        ones = build.op("Expand", build.constant(1.0, np.float32), rows)
+        return build.op("Reshape", build.op("MatMul", ones, value), build.integers([-1]))
+
+    def _over_positions(self, value: ir.Value, site: Site, rank: int) -> ir.Value:
+        """[samples, channels]: sum over the axes that are neither."""
+        axes = [a for a in range(1, rank) if a != site.axis]
+        return self._build.reduce("ReduceSum", value, axes, keepdims=False) if axes else value
+
+
+def random_signs(seed: int, start: int, count: int, size: int) -> npt.NDArray[np.float32]:
+    """[count, size] of ±1: rows `start` to `start + count` of an endless table that only `seed` and `size` determine."""
+    blocks = -(-size // 256)  # a step of the Philox counter gives 256 bits
+    bits = np.random.Philox(key=seed)
+    bits.advance(start * blocks)
+    words = bits.random_raw(4 * blocks * count).astype("<u8").view(np.uint8).reshape(count, -1)
+    return 2.0 * np.unpackbits(words, axis=1)[:, :size].astype(np.float32) - 1.0
+
+
+def _name(site: Site, quantity: str) -> str:
+    return f"{PREFIX}{quantity}:{site.tensor}"
+
+
+def _before(name: str) -> str:
+    return f"{name}:before"
+
+
+def _centre_feed(centres: Mapping[str, npt.NDArray[np.float32]]) -> Arrays:
+    return {f"{PREFIX}centre:{tensor}": centre for tensor, centre in centres.items()}
+
+
+def _first_mean(site: Site, found: Arrays) -> npt.NDArray[np.float32]:
+    mean: npt.NDArray[np.float64] = found[_name(site, "sum")] / max(int(found[_name(site, "count")]), 1)
+    return mean.astype(np.float32)
+
+
+def _moments(site: Site, found: Arrays, centre: Array) -> Moments:
+    count = int(found[_name(site, "count")])
+    offset = found[_name(site, "sum")].astype(np.float64) / count
+    products = found.get(_name(site, "products"))
+    scatter = None if products is None else products.astype(np.float64) - count * np.outer(offset, offset)
+    if scatter is None:
+        squares = np.maximum(found[_name(site, "squares")].astype(np.float64) - count * offset**2, 0.0)
+    else:
+        squares = np.diagonal(scatter).copy()
+    unknown = np.full(site.size, np.inf)
+    low = found.get(_name(site, "low"), -unknown).astype(np.float64)
+    high = found.get(_name(site, "high"), unknown).astype(np.float64)
+    return Moments(count, centre + offset, squares, scatter, low, high)
+
+
+def _curvature(site: Site, found: Arrays, centre: Array, samples: int) -> Curvature:
+    """Undo the centring: the graph summed λ (a − centre)."""
+
+    def taken(quantity: str) -> Array:
+        array = found.get(_name(site, quantity))
+        return np.zeros(site.size) if array is None else array.astype(np.float64)
+
+    s11, s12, s22, g1, g2 = (taken(quantity) for quantity in ("s11", "s12", "s22", "g1", "g2"))
+    second = found.get(_name(site, "second"))
+    return Curvature(
+        samples,
+        s11,
+        s12 + centre * s11,
+        s22 + 2 * centre * s12 + centre**2 * s11,
+        g1,
+        g2 + centre * g1,
+        None if second is None else second.astype(np.float64),
+    )
