@@ -22,8 +22,9 @@ from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
 from mscompile.reverse import Gradients, differentiate
 from mscompile.runtime import Arrays, Progress, Session, no_progress
-from mscompile.scm import Scm, Site, infer_shapes
-from mscompile.statistics import Array, Curvature, Moments, Statistics
+from mscompile.scm import Reader, Scm, Site, infer_shapes
+from mscompile.statistics import Array, Curvature, Moments, Statistics, Window, WindowMoments
+from mscompile.windows import features, thinning, window_name, window_of
 
 EXACT_OUTPUTS = 16
 """Outputs per sample up to which unit vectors are used as seeds: the curvature is exact then, not estimated."""
@@ -41,6 +42,8 @@ class Measure:
     ----------
     covariance
         Whether the channels' covariance is summed, which affine replacement needs.
+    windows
+        Whether readers that see several positions at once are observed by their windows.
     extremes
         Whether the range of each channel is found, which guards optimal constants.
     output
@@ -59,6 +62,7 @@ class Measure:
     """
 
     covariance: bool = True
+    windows: bool = False
     extremes: bool = True
     output: str = ""
     curvature: Literal["identity", "fisher", "none"] = "none"
@@ -116,6 +120,7 @@ def _side_by_side(a: Statistics, b: Statistics) -> Statistics:
         {**a.moments, **b.moments},
         {**a.curvature, **b.curvature},
         {**a.refused, **b.refused},
+        {**a.windows, **b.windows},
         a.samples,
         a.data_sha256,
         a.onnxruntime,
@@ -129,15 +134,17 @@ def _pass(
     extent: tuple[int, ...] = ()
     if measure.curvature != "none":
         extent = Session(scm.model).run(first, [measure.output])[measure.output].shape[1:]
-    instrument = Instrument(scm, sites, {name: array.shape for name, array in first.items()}, measure, extent)
+    shapes = {name: array.shape for name, array in first.items()}
+    instrument = Instrument(scm, sites, shapes, measure, extent, len(samples))
     session = Session(instrument.model)
     centres = {site.tensor: np.zeros(site.size, dtype=np.float32) for site in sites}
     # Centre near the mean, or float32 sums would lose the variance of channels far from zero.
-    feed = {**first, **instrument.seeds(0, len(next(iter(first.values()))), samples)}
+    feed = {**first, **instrument.seeds(0, len(next(iter(first.values()))), samples), **instrument.offsets(0)}
     found = instrument.read(session.step({**feed, **_centre_feed(centres)}, instrument.empty()))
     centres = {site.tensor: _first_mean(site, found) for site in sites}
     moments: dict[str, Moments] = {}
     curvature: dict[str, Curvature] = {}
+    windows: dict[str, WindowMoments] = {}
 
     def collect(state: Mapping[str, ort.OrtValue], count: int) -> None:
         found = instrument.read(state)
@@ -148,19 +155,25 @@ def _pass(
             if tensor in instrument.differentiated:
                 more = _curvature(site, found, centre, count)
                 curvature[tensor] = curvature[tensor] + more if tensor in curvature else more
+        for name, (site, window, _) in instrument.windows.items():
+            seen, products = (found[_quantity(name, quantity)] for quantity in ("windows", "window"))
+            centre = centres[site.tensor].astype(np.float64)
+            wider = WindowMoments(window, centre, int(seen), products.astype(np.float64))
+            windows[name] = windows[name] + wider if name in windows else wider
 
     state, start, held = instrument.empty(), 0, 0
     batches = math.ceil(len(samples) / batch_size)
     for number, batch in enumerate(progress(samples.batches(batch_size), "calibrate", batches), start=1):
         count = len(next(iter(batch.values())))
-        feed = {**batch, **instrument.seeds(start, count, samples), **_centre_feed(centres)}
+        feed = {**batch, **instrument.seeds(start, count, samples), **instrument.offsets(number), **_centre_feed(centres)}
         totals = session.step(feed, state)
         state = {_before(name): value for name, value in totals.items()}
         start, held = start + count, held + count
         if number % HELD_BATCHES == 0 or number == batches:
             collect(totals, held)
             state, held = instrument.empty(), 0
-    return Statistics(moments, curvature, instrument.refused, len(samples), (samples.sha256,), ort.__version__)
+    seen = (samples.sha256,)
+    return Statistics(moments, curvature, instrument.refused, windows, len(samples), seen, ort.__version__)
 
 
 class Instrument:
@@ -177,6 +190,7 @@ class Instrument:
         inputs: Mapping[str, tuple[int, ...]],
         measure: Measure,
         extent: tuple[int, ...],
+        samples: int,
     ) -> None:
         self.model = scm.model.clone()
         self._graph = self.model.graph
@@ -187,6 +201,7 @@ class Instrument:
         self._sums: dict[str, tuple[tuple[int, ...], npt.NDArray[np.generic]]] = {}
         self.differentiated: frozenset[str] = frozenset()
         self.refused: dict[str, str] = {}
+        self.windows: dict[str, tuple[Site, Window, int]] = {}
         gradients: list[Gradients] = []
         loss: Gradients | None = None
         if measure.curvature != "none":
@@ -197,7 +212,11 @@ class Instrument:
             self.differentiated = frozenset(gradients[0].values)
         self._graph.outputs.clear()
         for site in sites:
-            self._sum(site, len(shapes[site.tensor]), gradients, loss)
+            centred = self._sum(site, len(shapes[site.tensor]), gradients, loss)
+            for reader in site.readers if measure.windows else ():
+                window = window_of(site, reader, self._build.opset)
+                if window is not None:
+                    self._see(site, reader, window, centred, thinning(window, shapes[site.tensor], samples))
 
     @property
     def exact(self) -> bool:
@@ -285,10 +304,10 @@ class Instrument:
         return self._build.op("Sub", self._softmax(), hot)
 
     def _output(
-        self, site: Site, quantity: str, value: ir.Value, shape: tuple[int, ...], start: np.int64 | np.float32
+        self, where: str, quantity: str, value: ir.Value, shape: tuple[int, ...], start: np.int64 | np.float32
     ) -> None:
         """Return a quantity combined with what was found before: a sum, or the extreme where it starts at infinity."""
-        name, dtype = _name(site, quantity), ir.DataType.from_numpy(start.dtype)
+        name, dtype = _quantity(where, quantity), ir.DataType.from_numpy(start.dtype)
         before = ir.Value(name=_before(name), shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self._graph.inputs.append(before)
         combine = "Add" if np.isfinite(start) else "Min" if start > 0 else "Max"
@@ -305,7 +324,8 @@ class Instrument:
         """The sums as arrays."""
         return {name: value.numpy() for name, value in state.items()}
 
-    def _sum(self, site: Site, rank: int, gradients: Sequence[Gradients], loss: Gradients | None) -> None:
+    def _sum(self, site: Site, rank: int, gradients: Sequence[Gradients], loss: Gradients | None) -> ir.Value:
+        """Return the sums of one site; gives the centred activations."""
         build, float32 = self._build, int(ir.DataType.FLOAT)
         tensor = self._values[site.tensor]
         if self._dtype(site.tensor) != ir.DataType.FLOAT:
@@ -318,17 +338,17 @@ class Instrument:
         positions = [a for a in range(rank) if a != site.axis]
         count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
         zero, infinity, one = np.float32(0), np.float32(np.inf), (site.size,)
-        self._output(site, "count", count, (), np.int64(0))
-        self._output(site, "sum", self._total(centred, positions), one, zero)
+        self._output(site.tensor, "count", count, (), np.int64(0))
+        self._output(site.tensor, "sum", self._total(centred, positions), one, zero)
         if self._measure.covariance:
-            self._output(site, "products", self._products(rows), (site.size, site.size), zero)
+            self._output(site.tensor, "products", self._products(rows), (site.size, site.size), zero)
         else:
-            self._output(site, "squares", self._total(build.op("Mul", centred, centred), positions), one, zero)
+            self._output(site.tensor, "squares", self._total(build.op("Mul", centred, centred), positions), one, zero)
         if self._measure.extremes:
-            self._output(site, "low", build.reduce("ReduceMin", tensor, positions, keepdims=False), one, infinity)
-            self._output(site, "high", build.reduce("ReduceMax", tensor, positions, keepdims=False), one, -infinity)
+            self._output(site.tensor, "low", build.reduce("ReduceMin", tensor, positions, keepdims=False), one, infinity)
+            self._output(site.tensor, "high", build.reduce("ReduceMax", tensor, positions, keepdims=False), one, -infinity)
         if site.tensor not in self.differentiated:
-            return
+            return centred
         sums: dict[str, list[ir.Value]] = {"s11": [], "s12": [], "s22": [], "second": []}
         for gradient in gradients:
             slope = self._float(gradient.values[site.tensor])
@@ -342,12 +362,55 @@ class Instrument:
         for name, parts in sums.items():
             if parts:
                 total = build.op("Mul", build.op("Sum", *parts), build.constant(share, np.float32))
-                self._output(site, name, total, one if name != "second" else (site.size, site.size), zero)
+                self._output(site.tensor, name, total, one if name != "second" else (site.size, site.size), zero)
         if loss is not None and site.tensor in loss.values:
             slope = self._float(loss.values[site.tensor])
             weighted = build.op("Mul", slope, centred)
-            self._output(site, "g1", self._total(slope, positions), one, zero)
-            self._output(site, "g2", self._total(weighted, positions), one, zero)
+            self._output(site.tensor, "g1", self._total(slope, positions), one, zero)
+            self._output(site.tensor, "g2", self._total(weighted, positions), one, zero)
+        return centred
+
+    def offsets(self, number: int) -> Arrays:
+        """Random offsets of the windows observed in batch `number`."""
+        return {
+            f"{PREFIX}offset:{name}": np.random.default_rng([self._measure.seed, number, i]).integers(
+                0, thin, len(window.kernel), dtype=np.int64
+            )
+            for i, (name, (_, window, thin)) in enumerate(self.windows.items())
+            if thin > 1
+        }
+
+    def _see(self, site: Site, reader: Reader, window: Window, centred: ir.Value, thin: int) -> None:
+        """Return the second moments of a reader's window."""
+        build, name = self._build, window_name(reader)
+        self.windows[name] = site, window, thin
+        offset = None
+        if not window.kernel:
+            centred = self._channel_major(site, reader)
+        elif thin > 1:
+            offset = ir.Value(
+                name=f"{PREFIX}offset:{name}", shape=ir.Shape([len(window.kernel)]), type=ir.TensorType(ir.DataType.INT64)
+            )
+            self._graph.inputs.append(offset)
+        rows = features(build, window, centred, thin, offset)
+        count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
+        self._output(name, "windows", count, (), np.int64(0))
+        self._output(name, "window", self._products(rows), (window.features, window.features), np.float32(0))
+
+    def _channel_major(self, site: Site, reader: Reader) -> ir.Value:
+        """[samples, channels · places]: the input of a product less the site's centre."""
+        build = self._build
+        linear = reader.signature.linear
+        assert linear is not None
+        source = reader.node.inputs[linear.data]
+        assert source is not None
+        value = build.op("Cast", self._values[source.name or ""], to=int(ir.DataType.FLOAT))
+        centre = next(v for v in self._graph.inputs if v.name == f"{PREFIX}centre:{site.tensor}")
+        centred = build.op("Sub", value, build.op("Gather", centre, build.integers(reader.index.tolist()), axis=0))
+        order = np.argsort(reader.index, kind="stable")
+        if np.array_equal(order, np.arange(len(order))):
+            return centred
+        return build.op("Gather", centred, build.integers(order.tolist()), axis=1)
 
     def _float(self, value: ir.Value) -> ir.Value:
         if self._dtype(self._measure.output) == ir.DataType.FLOAT:
@@ -389,7 +452,11 @@ def random_signs(seed: int, start: int, count: int, size: int) -> npt.NDArray[np
 
 
 def _name(site: Site, quantity: str) -> str:
-    return f"{PREFIX}{quantity}:{site.tensor}"
+    return _quantity(site.tensor, quantity)
+
+
+def _quantity(name: str, quantity: str) -> str:
+    return f"{PREFIX}{quantity}:{name}"
 
 
 def _before(name: str) -> str:

@@ -109,6 +109,75 @@ class Curvature:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What a reader sees at once.
+
+    Attributes
+    ----------
+    channels
+        Channels of the site.
+    taps
+        Features per channel: places in a convolution's window, or positions flattened into a product's input.
+    kernel, strides, dilations, pads
+        Of a convolution, per position axis (pads: begins, then ends); empty for a product.
+    """
+
+    channels: int
+    taps: int
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+
+    @property
+    def marks(self) -> int:
+        """Features that are 1 inside the map: one per tap where there is padding, else a single constant."""
+        return self.taps if any(self.pads) else 1
+
+    @property
+    def features(self) -> int:
+        """All features: channel-major, then the marks."""
+        return self.channels * self.taps + self.marks
+
+
+@dataclass(frozen=True)
+class WindowMoments:
+    """Second moments of a reader's features, channels less a fixed centre.
+
+    Attributes
+    ----------
+    window
+        The window.
+    centre
+        [channels]: what was subtracted inside the map.
+    count
+        Windows observed.
+    products
+        [features, features]: sum of z zᵀ.
+    """
+
+    window: Window
+    centre: Array
+    count: int
+    products: Array
+
+    def __add__(self, other: WindowMoments) -> WindowMoments:
+        """Moments over both; `other` is brought to the same centre."""
+        moved = other.recentred(self.centre)
+        return WindowMoments(self.window, self.centre, self.count + other.count, self.products + moved.products)
+
+    def recentred(self, centre: Array) -> WindowMoments:
+        """The same moments about another centre: each channel's features change by a multiple of the marks."""
+        if np.array_equal(centre, self.centre):
+            return self
+        shift = np.repeat(self.centre - centre, self.window.taps)
+        marks = np.tile(np.arange(self.window.marks), self.window.channels * self.window.taps // self.window.marks)
+        change = np.eye(self.window.features)
+        change[np.arange(len(shift)), len(shift) + marks] = shift
+        return WindowMoments(self.window, centre, self.count, change @ self.products @ change.T)
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What calibration found.
 
@@ -120,6 +189,8 @@ class Statistics:
         By site tensor, where the reverse pass reaches.
     refused
         By site tensor: why it has no curvature.
+    windows
+        By reader, for those fitted by their window.
     samples
         Samples seen.
     data_sha256
@@ -131,6 +202,7 @@ class Statistics:
     moments: Mapping[str, Moments]
     curvature: Mapping[str, Curvature]
     refused: Mapping[str, str]
+    windows: Mapping[str, WindowMoments]
     samples: int
     data_sha256: tuple[str, ...]
     onnxruntime: str
@@ -142,6 +214,7 @@ class Statistics:
             {tensor: self.moments[tensor] + other.moments[tensor] for tensor in self.moments},
             {tensor: self.curvature[tensor] + other.curvature[tensor] for tensor in self.curvature},
             self.refused,
+            {name: self.windows[name] + other.windows[name] for name in self.windows},
             self.samples + other.samples,
             self.data_sha256 + other.data_sha256,
             self.onnxruntime,
