@@ -18,12 +18,14 @@ import onnx_ir as ir
 from mscompile.errors import UnsupportedError
 from mscompile.operators import IntArray, Signature
 from mscompile.runtime import Session
-from mscompile.scm import Scm, Site
+from mscompile.scm import Creator, Scm, Site
 
 Array = npt.NDArray[np.float64]
 
-FREE_EXTENT = 16
-"""Extent given to position axes of unknown size: larger than the windows of common pooling."""
+FREE_EXTENTS = (16, 24)
+"""Extents tried for position axes of unknown size, larger than the windows of common pooling.
+
+What comes out must not depend on them: a sum over positions would."""
 EVEN = 1e-6
 """Relative spread over positions up to which a channel counts as constant: averages of equal float32 round that much."""
 LEVELS = np.array([sign * 2.0**k for k in range(-6, 7) for sign in (1, -1)])
@@ -52,6 +54,8 @@ class Carrier:
 def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | None:
     """The unit, among `channels` of the first site, that makes the best-scaled constant at all `sites`; None if none can."""
     units = sites[0].units[channels]
+    if not all(can_be_constant(scm, creator) for creator in scm.creators_of(units)):
+        return None
     responses = []
     for site in sites:
         found = constant_response(scm, site, {int(u): LEVELS for u in units})
@@ -70,6 +74,16 @@ def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | No
         return None
     values = tuple(float(response[level, column]) for response in responses)
     return Carrier(int(units[column]), float(LEVELS[level]), values)
+
+
+def can_be_constant(scm: Scm, creator: Creator) -> bool:
+    """Whether a creator's output is ``weight ∘ data + bias`` and no more, so that zero weights leave a bias we can set."""
+    found = scm.signatures.get(creator.node)
+    if not isinstance(found, Signature) or found.linear is None:
+        return False
+    linear, sliced = found.linear, {slot.operand for slot in creator.slots}
+    given = {operand for operand, value in enumerate(creator.node.inputs) if value is not None}
+    return linear.weight in sliced and given - {linear.data} <= sliced <= {linear.weight, linear.bias}
 
 
 def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array | None:
@@ -91,33 +105,60 @@ def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array |
     target = next((v for node in scm.model.graph for v in node.outputs if v.name == site.tensor), None)
     if target is None or not all(_steady(scm, node) for node in _between(starts, target)):
         return None
+    if any(creator.axis == 0 for creator in creators) or any((start.name or "") not in scm.shapes for start in starts):
+        return None
+    free = any(not isinstance(d, int) for start in starts for d in scm.shapes[start.name or ""][1:])
+    responses = []
+    for extent in FREE_EXTENTS if free else FREE_EXTENTS[:1]:
+        response = _respond(scm, site, target, creators, levels, extent)
+        if response is None:
+            return None
+        responses.append(response)
+    even = np.ptp(responses, axis=0) <= EVEN * np.abs(responses[0])
+    return np.where(even, responses[0], np.nan)
+
+
+def _respond(
+    scm: Scm, site: Site, target: ir.Value, creators: Sequence[Creator], levels: dict[int, Array], extent: int
+) -> Array | None:
+    """The response where position axes of unknown size have `extent` places."""
     trials = len(next(iter(levels.values())))
     feed = {}
-    for creator, start in zip(creators, starts, strict=True):
-        shape = scm.shapes.get(start.name or "")
-        if shape is None:
-            return None
-        extents = [d if isinstance(d, int) else FREE_EXTENT for d in shape]
+    for creator in creators:
+        start = creator.node.outputs[0]
+        extents = [d if isinstance(d, int) else extent for d in scm.shapes[start.name or ""]]
         extents[0] = trials
-        array = np.zeros(extents, dtype=(start.dtype or ir.DataType.FLOAT).numpy())
+        array = np.zeros(extents, dtype=_dtype(creator).numpy())
         view = np.moveaxis(array, creator.axis, 1)
         for channel, unit in enumerate(creator.units.tolist()):
             if unit in levels:
                 view[:, channel] = levels[unit].reshape((-1,) + (1,) * (view.ndim - 2))
         feed[start.name or ""] = array
-    if target in starts:
-        result = feed[target.name or ""]
+    if target.name in feed:
+        result = feed[target.name]
     else:
         try:
-            graph = ir.convenience.extract(scm.model.graph, starts, [target])
+            graph = ir.convenience.extract(scm.model.graph, [creator.node.outputs[0] for creator in creators], [target])
+            for value, creator in zip(graph.inputs, creators, strict=True):
+                value.type = ir.TensorType(_dtype(creator))
             model = ir.Model(graph, ir_version=scm.model.ir_version)
             result = Session(model, optimise=False).run(feed)[target.name or ""]
         except (ValueError, UnsupportedError):
             return None
+    if len(result) != trials:
+        return None  # samples were moved to another axis
     flat = np.moveaxis(result, site.axis, 1).reshape(trials, site.size, -1).astype(np.float64)
     low, high = flat.min(axis=2), flat.max(axis=2)
     even = high - low <= EVEN * np.maximum(np.abs(high), np.abs(low))
     return np.where(even, flat[:, :, 0], np.nan)
+
+
+def _dtype(creator: Creator) -> ir.DataType:
+    """Element type of a creator's weight, hence of its output, which exporters need not declare."""
+    (tensor, *_) = (creator.node.inputs[slot.operand] for slot in creator.slots)
+    assert tensor is not None
+    assert tensor.const_value is not None
+    return tensor.const_value.dtype
 
 
 def _between(starts: Sequence[ir.Value], target: ir.Value) -> list[ir.Node]:

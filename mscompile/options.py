@@ -52,7 +52,7 @@ class Options:
     objective: Literal["logit-mse", "kl", "cross-entropy", "cwvar", "variance", "magnitude", "random"] = "logit-mse"
     selection: Literal["joint", "additive"] = "joint"
     probes: int = 4
-    replacement: Literal["affine", "affine-parents", "constant"] = "affine"
+    replacement: Literal["affine", "affine-pointwise", "affine-parents", "constant"] = "affine"
     law: Law = "one-site"
     swap: float = 0.1
     delta: float = 0.05
@@ -92,7 +92,11 @@ class Options:
     @property
     def joint(self) -> bool:
         """Whether units are chosen jointly."""
-        return self.selection == "joint" and self.replacement == "affine" and OBJECTIVES[self.objective].curvature != "none"
+        return (
+            self.selection == "joint"
+            and self.replacement in ("affine", "affine-pointwise")
+            and OBJECTIVES[self.objective].curvature != "none"
+        )
 
     @property
     def goal(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -14,10 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Va
 from mscompile.constants import carrier
 from mscompile.errors import GoalError, UsageError
 from mscompile.operators import IntArray
-from mscompile.replacements import AFFINE_FITS, CONSTANT, Fit
+from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fit
 from mscompile.scm import Scm, Site
 from mscompile.scores import Scores, joint_curvature
 from mscompile.statistics import Statistics
+from mscompile.windows import fit_window, window_name, window_weight
 
 Integers = Annotated[
     npt.NDArray[np.int64],
@@ -30,6 +31,30 @@ Floats = Annotated[
     BeforeValidator(lambda a: np.asarray(a, dtype=np.float32)),
     PlainSerializer(lambda a: np.vectorize(lambda v: float(f"{v:.9g}"), otypes=[object])(a).tolist(), when_used="json"),
 ]
+
+
+class WindowPlan(BaseModel):
+    """New weights of one reader, fitted over its window; see `mscompile.windows`.
+
+    Attributes
+    ----------
+    reader
+        Output name of the reader.
+    places
+        [retained, taps]: for a product, the weight's row or column of each feature; None for a convolution, whose taps are
+        those of its kernel.
+    columns
+        [retained, taps, outputs]: the weight on retained channels. It is zero on the others.
+    response
+        [taps, outputs] carried by a channel of ones where the reader pads, else [1, outputs], added to the reader's output.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="forbid")
+
+    reader: str
+    places: Integers | None = None
+    columns: Floats
+    response: Floats
 
 
 class SitePlan(BaseModel):
@@ -47,6 +72,8 @@ class SitePlan(BaseModel):
         [replaced]: value, or intercept, of each replaced channel in ascending order, in the units of the activation.
     affine
         [replaced, retained] coefficients; None where all replacements are constants.
+    windows
+        Readers that take new weights instead of what the above would fold into them.
     basis
         What the scores that chose the channels estimate.
     predicted_risk
@@ -62,6 +89,7 @@ class SitePlan(BaseModel):
     kept: Integers
     constants: Floats
     affine: Floats | None = None
+    windows: tuple[WindowPlan, ...] = ()
     basis: str = ""
     predicted_risk: float | None = None
 
@@ -74,6 +102,13 @@ class SitePlan(BaseModel):
             raise ValueError(f"site {self.name}: {replaced} channels are replaced but {self.constants.size} constants given")
         if self.affine is not None and self.affine.shape != (replaced, len(self.kept)):
             raise ValueError(f"site {self.name}: `affine` must be [{replaced}, {len(self.kept)}]")
+        for window in self.windows:
+            if window.columns.ndim != 3 or len(window.columns) != len(self.kept) or window.response.ndim != 2:
+                raise ValueError(
+                    f"site {self.name}: the weights of reader {window.reader} do not fit {len(self.kept)} channels"
+                )
+            if window.places is not None and window.places.shape != window.columns.shape[:2]:
+                raise ValueError(f"site {self.name}: `places` of reader {window.reader} must be {window.columns.shape[:2]}")
         if not np.isfinite(self.constants).all() or (self.affine is not None and not np.isfinite(self.affine).all()):
             raise ValueError(f"site {self.name}: constants and coefficients must be finite")
         return self
@@ -248,6 +283,9 @@ def _plan_site(
     else:
         fit = AFFINE_FITS[replacement](moments, kept, replaced, swap)
     error = fit.error_moment(moments, kept, replaced)
+    windows: tuple[WindowPlan, ...] = ()
+    if replacement == WINDOWED:
+        windows = tuple(_plan_windows(site, statistics, kept, replaced, swap))
     risk = 0.5 * float(np.sum(joint_curvature(site, statistics)[np.ix_(replaced, replaced)] * error))
     fields: dict[str, Any] = {
         "name": site.tensor,
@@ -257,7 +295,23 @@ def _plan_site(
         "kept": kept,
         "constants": fit.constants,
         "affine": fit.matrix,
+        "windows": windows,
         "basis": scores.basis[site.tensor],
         "predicted_risk": risk,
     }
     return SitePlan(**fields)
+
+
+def _plan_windows(
+    site: Site, statistics: Statistics, kept: IntArray, replaced: IntArray, swap: float
+) -> Iterator[WindowPlan]:
+    for reader in site.readers:
+        moments = statistics.windows.get(window_name(reader))
+        if moments is None:
+            continue
+        refit = fit_window(moments, window_weight(site, reader, moments.window), kept, replaced, swap)
+        places = None
+        if not moments.window.kernel:
+            places = np.argsort(reader.index, kind="stable").reshape(site.size, -1)[kept]
+        columns, response = refit.columns.astype(np.float32), refit.response.astype(np.float32)
+        yield WindowPlan(reader=window_name(reader), places=places, columns=columns, response=response)

@@ -17,7 +17,8 @@ from mscompile.plan import Plan
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Site
 from mscompile.scores import DIVERGENCE, SQUARED_OUTPUTS, Scores
-from mscompile.surgery import Do, Patch, feed, float_type, patched, replaced
+from mscompile.surgery import Patch, feed, float_type, patched, replaced
+from mscompile.verify import replacement_of
 
 Array = npt.NDArray[np.float64]
 
@@ -49,7 +50,7 @@ def site_risks(
     dense = Session(proto).run_all(samples.batches(batch_size), [output])[output]
     risks = {}
     for site in planned:
-        do = Do(Patch(site.tensor, ranks[site.tensor], site.axis), site.kept, site.constants, site.affine)
+        do = replacement_of(site, Patch(site.tensor, ranks[site.tensor], site.axis))
         found = Session(replaced(proto, [do])).run_all(samples.batches(batch_size), [output])[output]
         risks[site.tensor] = measured_risk(site.basis, dense, found)
     return risks

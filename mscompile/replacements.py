@@ -92,8 +92,11 @@ def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: floa
 
 
 CONSTANT = "constant"
+WINDOWED = "affine"
+"""The affine replacement that also fits readers by their windows, where they have any."""
 AFFINE_FITS: Mapping[str, Callable[[Moments, IntArray, IntArray, float], Fit]] = {
-    "affine": fit_affine,
+    WINDOWED: fit_affine,
+    "affine-pointwise": fit_affine,
     "affine-parents": fit_parents,
 }
 REPLACEMENTS = (*AFFINE_FITS, CONSTANT)

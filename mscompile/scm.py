@@ -8,7 +8,7 @@ with a weight read, and its *readers* are those operators. The reading is one fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,8 +64,8 @@ class Reader:
         Its axis signature; `signature.linear` says how a replacement folds.
     entry
         The node through which the site's tensor enters on its way here: the reader itself, or movement before it.
-    axis
-        Contracted axis of the weight operand.
+    data_axis, axis
+        Contracted axes of the data and of the weight operand.
     index
         ``index[i]`` is the site's channel that weight column i meets; a channel read at m places occurs m times.
     units
@@ -75,6 +75,7 @@ class Reader:
     node: ir.Node
     signature: Signature
     entry: ir.Node
+    data_axis: int
     axis: int
     index: IntArray
     units: IntArray
@@ -243,7 +244,7 @@ class _Walk:
     shapes: Mapping[str, Shape]
     opset: int
     parent: list[int] = field(default_factory=list)
-    axes: dict[tuple[ir.Value, int], IntArray] = field(default_factory=dict)
+    axes: dict[ir.Value, dict[int, IntArray]] = field(default_factory=dict)
     frozen: dict[int, Refusal] = field(default_factory=dict)
     creators: list[Creator] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
@@ -273,15 +274,20 @@ class _Walk:
             self.frozen.setdefault(unit, refusal)
 
     def freeze_value(self, value: ir.Value, refusal: Refusal) -> None:
-        for axis in range(len(self.shapes.get(value.name or "", ()))):
-            if (value, axis) in self.axes:
-                self.freeze(self.axes[value, axis], refusal)
+        for units in self.labels(value).values():
+            self.freeze(units, refusal)
 
     # -- the walk --
+
+    def labels(self, value: ir.Value | None) -> dict[int, IntArray]:
+        """Units by axis of a value."""
+        return {} if value is None else self.axes.get(value, {})
 
     def visit(self, node: ir.Node) -> None:
         view = NodeView(node, self.shapes, self.opset)
         found = signature(view)
+        if isinstance(found, Signature) and _says_too_little(node, found):
+            found = "has a further output that is used"
         self.signatures[node] = found
         self._freeze_captured(node)
         if isinstance(found, str):
@@ -294,26 +300,25 @@ class _Walk:
             self._follow(view, found, link)
         for move in found.moves:
             covered.add(move.source)
-            source = self.axes.get((view.value(move.source[0]), move.source[1]))  # type: ignore[arg-type]
+            source = self.labels(view.value(move.source[0])).get(move.source[1])
             if source is None:
                 continue
-            target = (node.outputs[~move.target[0]], move.target[1])
-            if target in self.axes:
+            target = self.axes.setdefault(node.outputs[~move.target[0]], {})
+            if move.target[1] in target:
                 self.freeze(source, Refusal(label(node), node.op_type, "merges two channel axes"))
             else:
-                self.axes[target] = source[move.index]
+                target[move.target[1]] = source[move.index]
         for operand in view.live:
-            value = node.inputs[operand]
-            for axis in range(view.rank(operand) or 0):
-                if (operand, axis) not in covered and (value, axis) in self.axes:
-                    self.freeze(self.axes[value, axis], Refusal(label(node), node.op_type, found.mixes))  # type: ignore[index]
+            for axis, units in self.labels(node.inputs[operand]).items():
+                if (operand, axis) not in covered:
+                    self.freeze(units, Refusal(label(node), node.op_type, found.mixes))
 
     def _follow(self, view: NodeView, found: Signature, link: tuple[Port, ...]) -> None:
         node = view.node
         live = [(o, a) for o, a in link if o >= 0 and o in view.live]
         fixed = [(o, a) for o, a in link if o >= 0 and o not in view.live]
         outs = [(o, a) for o, a in link if o < 0]
-        arrays = [self.axes.get((view.value(o), a)) for o, a in live]  # type: ignore[arg-type]
+        arrays = [self.labels(view.value(o)).get(a) for o, a in live]
         known = [a for a in arrays if a is not None]
         if not live and outs and fixed:
             self._create(view, fixed, outs)
@@ -329,7 +334,7 @@ class _Walk:
             for other in known[1:]:
                 self.unite(known[0], other)
             for out, axis in outs:
-                self.axes[node.outputs[~out], axis] = known[0]
+                self.axes.setdefault(node.outputs[~out], {})[axis] = known[0]
             self.slots += [Slot(node, o, a, known[0]) for o, a in fixed]
 
     def _create(self, view: NodeView, fixed: list[Port], outs: list[Port]) -> None:
@@ -342,7 +347,7 @@ class _Walk:
         slots = tuple(Slot(view.node, o, a, units) for o, a in fixed)
         self.slots += slots
         for out, axis in outs:
-            self.axes[view.node.outputs[~out], axis] = units
+            self.axes.setdefault(view.node.outputs[~out], {})[axis] = units
             self.creators.append(Creator(view.node, slots, axis, units))
 
     def _contract(
@@ -354,11 +359,14 @@ class _Walk:
             weight = node.inputs[linear.weight]
             assert weight is not None
             assert weight.const_value is not None
-            if weight.const_value.dtype in FLOATS:
+            if node.inputs.count(node.inputs[linear.data]) > 1:
+                reason = "reads them twice"
+            elif weight.const_value.dtype in FLOATS:
                 self.reads.append(_Read(node, found, live[0], fixed[0][1]))
                 self.slots.append(Slot(node, *fixed[0], known[0]))
                 return
-            reason = f"has a weight of type {weight.const_value.dtype.name}"
+            else:
+                reason = f"has a weight of type {weight.const_value.dtype.name}"
         for units in known:
             self.freeze(units, Refusal(label(node), node.op_type, reason))
 
@@ -374,7 +382,7 @@ class _Walk:
         frozen: dict[int, Refusal] = {}
         for unit, refusal in self.frozen.items():
             frozen.setdefault(int(root[unit]), refusal)
-        axes = {(value.name or "", axis): root[units] for (value, axis), units in self.axes.items()}
+        axes = {(v.name or "", axis): root[units] for v, labels in self.axes.items() for axis, units in labels.items()}
         slots = tuple(Slot(s.node, s.operand, s.axis, root[s.units]) for s in self.slots)
         creators = tuple(
             Creator(c.node, tuple(Slot(s.node, s.operand, s.axis, root[s.units]) for s in c.slots), c.axis, root[c.units])
@@ -391,19 +399,32 @@ class _Walk:
             value = read.node.inputs[read.data[0]]
             assert value is not None
             tensor, axis, index, entry = self._origin(value, read.data[1], read.node)
-            units = root[self.axes[value, read.data[1]]]
+            units = root[self.axes[value][read.data[1]]]
             readers.setdefault((tensor, axis), []).append(
-                Reader(read.node, read.signature, entry, read.weight_axis, index, units)
+                Reader(read.node, read.signature, entry, read.data[1], read.weight_axis, index, units)
             )
         order = {node: i for i, node in enumerate(self.signatures)}
         sites = []
         for (tensor, axis), found in sorted(readers.items(), key=lambda kv: order[kv[0][0].producer()]):  # type: ignore[index]
             units = axes[tensor.name or "", axis]
             refusal = next((frozen[u] for u in units.tolist() if u in frozen), None)
-            if refusal is None and len(set(units.tolist())) < len(units):
-                refusal = Refusal(tensor.name or "?", "", "holds a unit at several places")
+            reason = self._irregular(tensor, axis, units, [a for t, a in readers if t is tensor])
+            if refusal is None and reason is not None:
+                refusal = Refusal(tensor.name or "?", "", reason)
             sites.append(Site(tensor.name or "?", axis, units, tuple(found), int(groups[units[0]]), refusal))
         return tuple(sites)
+
+    def _irregular(self, tensor: ir.Value, axis: int, units: IntArray, axes: Sequence[int]) -> str | None:
+        """Why units cannot be replaced at a tensor, if so."""
+        if axis == 0:
+            return "holds units on axis 0, which is taken for the samples"
+        if len(axes) > 1:
+            return "is read on several of its axes"
+        if tensor.name not in self.shapes:
+            return "has no known rank"
+        if len(set(units.tolist())) < len(units):
+            return "holds a unit at several places"
+        return None
 
     def _origin(self, value: ir.Value, axis: int, reader: ir.Node) -> tuple[ir.Value, int, IntArray, ir.Node]:
         """The tensor furthest up from which only movement leads to `value`, where each unit has one channel.
@@ -411,7 +432,7 @@ class _Walk:
         Returns the tensor, its channel axis, for each index of `value` on `axis` its channel there, and the node that
         takes the tensor in.
         """
-        index, entry = np.arange(len(self.axes[value, axis]), dtype=np.int64), reader
+        index, entry = np.arange(len(self.axes[value][axis]), dtype=np.int64), reader
         while (node := value.producer()) is not None:
             found = self.signatures[node]
             if not isinstance(found, Signature) or not found.moving or not self._only_read(value):
@@ -427,14 +448,14 @@ class _Walk:
         """The labelled input axis that a moving node's output axis comes from."""
         for move in found.moves:
             source = node.inputs[move.source[0]]
-            if move.target == (~0, axis) and source is not None and (source, move.source[1]) in self.axes:
+            if move.target == (~0, axis) and source is not None and move.source[1] in self.labels(source):
                 return source, move.source[1], move.index
         for link in found.links:
             if (~0, axis) in link:
                 for operand, source_axis in link:
                     source = node.inputs[operand] if operand >= 0 else None
-                    if source is not None and (source, source_axis) in self.axes:
-                        size = len(self.axes[source, source_axis])
+                    if source is not None and source_axis in self.labels(source):
+                        size = len(self.labels(source)[source_axis])
                         return source, source_axis, np.arange(size, dtype=np.int64)
         return None
 
@@ -449,6 +470,14 @@ class _Walk:
             if node not in reading and not (moving and all(self._only_read(out) for out in node.outputs)):
                 return False
         return True
+
+
+def _says_too_little(node: ir.Node, found: Signature) -> bool:
+    """Whether something uses an output behind the first that the signature does not speak of."""
+    spoken_of = {operand for link in found.links for operand, _ in link} | {move.target[0] for move in found.moves}
+    return any(
+        ~i not in spoken_of and (value.uses() or value.is_graph_output()) for i, value in enumerate(node.outputs) if i > 0
+    )
 
 
 def _components(arrays: Iterable[IntArray], count: int) -> IntArray:

@@ -19,7 +19,7 @@ from mscompile.operators import IntArray
 from mscompile.options import Options
 from mscompile.plan import Keep, Plan, make_plan, resolve_keep
 from mscompile.prediction import site_risks
-from mscompile.replacements import CONSTANT
+from mscompile.replacements import CONSTANT, WINDOWED
 from mscompile.report import (
     CandidateReport,
     FidelityReport,
@@ -147,6 +147,7 @@ def _measure(source: DenseModel, options: Options) -> Measure:
     objective = OBJECTIVES[options.objective]
     return Measure(
         covariance=options.replacement != CONSTANT,
+        windows=options.replacement == WINDOWED,
         extremes=True,
         output=source.output,
         curvature=objective.curvature,

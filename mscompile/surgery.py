@@ -64,6 +64,16 @@ def patched(model: onnx.ModelProto, patches: Iterable[Patch]) -> onnx.ModelProto
 
 
 @dataclass(frozen=True)
+class Reweighted:
+    """New weights of one reader of a tensor; fields as in `WindowPlan`."""
+
+    reader: str
+    places: npt.NDArray[np.int64] | None
+    columns: npt.NDArray[np.float32]
+    response: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Do:
     """Mechanism replacement at one tensor: ``a_P := constants + matrix · a_K`` on its channel axis.
 
@@ -71,12 +81,15 @@ class Do:
     ----------
     kept, constants, matrix
         Retained channels; [replaced] values; [replaced, retained] coefficients or None.
+    readers
+        Readers that take new weights over the retained channels instead.
     """
 
     patch: Patch
     kept: npt.NDArray[np.int64]
     constants: npt.NDArray[np.float32]
     matrix: npt.NDArray[np.float32] | None
+    readers: tuple[Reweighted, ...] = ()
 
 
 def replaced(model: onnx.ModelProto, interventions: Iterable[Do]) -> onnx.ModelProto:
@@ -114,8 +127,52 @@ def replaced(model: onnx.ModelProto, interventions: Iterable[Do]) -> onnx.ModelP
             gs.Node("Transpose", name=prefix + "value", inputs=[ordered], outputs=[final], attrs={"perm": back})
         )
         _redirect(tensor, final, consumers)
+        for reader in do.readers:
+            _reweight(graph, tensor, do, reader)
     graph.toposort()
     return _export(graph)
+
+
+def _reweight(graph: gs.Graph, tensor: gs.Tensor, do: Do, new: Reweighted) -> None:
+    """Give one reader its new weights: over retained channels and ones (a convolution) or over all features (a product)."""
+    node = next(n for n in graph.nodes if any(o.name == new.reader for o in n.outputs))
+    prefix, dtype = f"mscompile.reader:{new.reader}:", tensor.dtype
+    retained, taps, outputs = new.columns.shape
+    if new.places is None:
+        kernel = node.inputs[1].shape[2:]
+        kept, first, ones, stacked = (
+            gs.Variable(prefix + name, dtype=dtype) for name in ("kept", "first", "ones", "stacked")
+        )
+        graph.nodes += [
+            gs.Node("Gather", inputs=[tensor, gs.Constant(prefix + "index", do.kept)], outputs=[kept], attrs={"axis": 1}),
+            gs.Node(
+                "Gather",
+                inputs=[tensor, gs.Constant(prefix + "zero", np.zeros(1, np.int64))],
+                outputs=[first],
+                attrs={"axis": 1},
+            ),
+            gs.Node("Pow", inputs=[first, gs.Constant(prefix + "nought", np.zeros((), dtype))], outputs=[ones]),  # x⁰ = 1
+            gs.Node("Concat", inputs=[kept, ones], outputs=[stacked], attrs={"axis": 1}),
+        ]
+        marks = np.zeros((1, taps, outputs), dtype=np.float32)
+        marks[0, : len(new.response)] = new.response if len(new.response) == taps else 0.0
+        weight = np.concatenate([new.columns, marks]).transpose(2, 0, 1).reshape(outputs, retained + 1, *kernel)
+        node.inputs[0] = stacked
+    else:
+        dense = node.inputs[1].values
+        across = 1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0
+        weight = np.zeros_like(np.moveaxis(dense, across, 0))
+        weight[new.places.ravel()] = new.columns.reshape(retained * taps, outputs)
+        weight = np.moveaxis(weight, 0, across)
+    node.inputs[1] = gs.Constant(prefix + "weight", np.ascontiguousarray(weight.astype(dtype)))
+    if len(new.response) == 1 and (new.places is not None or taps > 1):
+        gain = float(node.attrs.get("alpha", 1.0)) if node.op == "Gemm" else 1.0
+        trailing = (1,) * (do.patch.rank - 2 if new.places is None else 0)
+        shift = gs.Constant(prefix + "shift", (gain * new.response[0]).astype(dtype).reshape(-1, *trailing))
+        plain = gs.Variable(prefix + "plain", dtype=dtype)
+        output = node.outputs[0]
+        node.outputs[0] = plain
+        graph.nodes.append(gs.Node("Add", name=prefix + "shifted", inputs=[plain, shift], outputs=[output]))
 
 
 def _export(graph: gs.Graph) -> onnx.ModelProto:

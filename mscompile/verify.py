@@ -22,9 +22,9 @@ from mscompile.data import Samples
 from mscompile.errors import VerificationError
 from mscompile.metrics import Metric, default_metric, kl_divergence
 from mscompile.operators import IntArray
-from mscompile.plan import Plan
+from mscompile.plan import Plan, SitePlan
 from mscompile.runtime import Progress, Session, no_progress
-from mscompile.surgery import Do, Patch, feed, patched, probe, replaced
+from mscompile.surgery import Do, Patch, Reweighted, feed, patched, probe, replaced
 
 FOLD_TOLERANCE = 1e-4
 """Largest fold error, in standard deviations of the output: float32 rounding through tens of layers stays below it."""
@@ -85,9 +85,7 @@ def fold_error(pair: Pair, plan: Plan, samples: Samples, batch_size: int) -> flo
     VerificationError
         It exceeds `FOLD_TOLERANCE`, or one side is not finite where the other is.
     """
-    interventions = [
-        Do(patch, site.kept, site.constants, site.affine) for patch, site in zip(pair.patches, plan.sites, strict=True)
-    ]
+    interventions = [replacement_of(site, patch) for patch, site in zip(pair.patches, plan.sites, strict=True)]
     reference = Session(replaced(pair.dense, interventions), optimise=False)
     compiled = Session(pair.compiled, optimise=False)
     expected = reference.run_all(samples.batches(batch_size))
@@ -104,6 +102,12 @@ def fold_error(pair: Pair, plan: Plan, samples: Samples, batch_size: int) -> flo
             )
         worst = max(worst, error)
     return worst
+
+
+def replacement_of(site: SitePlan, patch: Patch) -> Do:
+    """A planned replacement as an intervention."""
+    readers = tuple(Reweighted(w.reader, w.places, w.columns, w.response) for w in site.windows)
+    return Do(patch, site.kept, site.constants, site.affine, readers)
 
 
 def _relative_gap(wanted: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:

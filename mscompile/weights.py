@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mscompile.constants import constant_response
+from mscompile.constants import can_be_constant, constant_response
 from mscompile.operators import IntArray
 from mscompile.passes.narrow import dead_units
 from mscompile.plan import Plan, SitePlan
@@ -34,7 +34,8 @@ def exact_plan(scm: Scm, groups: Mapping[int, Sequence[Site]], *, model_sha256: 
         twin = _twins(scm, set(units.tolist()) - dead - constant)
         gone = dead | constant | set(twin)
         # Where constants must reach a zero-padded border, a removed unit stays as their carrier: one alone gains nothing.
-        if not gone or len(gone) == len(units) or (constant and len(gone) == 1 and any(site.border for site in sites)):
+        carried = any(site.border and _value(responses[site.tensor], site, constant).any() for site in sites)
+        if not gone or len(gone) == len(units) or (carried and len(gone) == 1):
             continue
         planned += [_plan_site(site, gone, constant, twin, responses[site.tensor]) for site in sites]
     order = {site.tensor: i for i, site in enumerate(scm.sites)}
@@ -73,24 +74,28 @@ def _plan_site(
 
 
 def _known(response: npt.NDArray[np.float64] | None, site: Site, unit: int) -> bool:
-    return response is not None and bool(np.isfinite(response[0][site.units == unit]).all())
+    return response is not None and bool(np.isfinite(_value(response, site, {unit})).all())
+
+
+def _value(response: npt.NDArray[np.float64] | None, site: Site, units: set[int]) -> npt.NDArray[np.float64]:
+    """Constants of some units at a site."""
+    return np.zeros(0) if response is None else response[0][np.isin(site.units, sorted(units))]
 
 
 def _constant_biases(scm: Scm, units: IntArray) -> dict[int, float]:
     """Bias of each unit that begins at one node with zero weights."""
     creators = scm.creators_of(units)
-    if len(creators) != 1:
+    if len(creators) != 1 or not can_be_constant(scm, creators[0]):
         return {}
-    creator = creators[0]
-    zero = np.ones(len(creator.units), dtype=bool)
+    (creator,) = creators
+    linear = scm.signatures[creator.node].linear  # type: ignore[union-attr]
+    assert linear is not None
+    rows = {s.operand: _rows(s.node.inputs[s.operand].const_value.numpy(), s.axis) for s in creator.slots}  # type: ignore[union-attr]
     bias = np.zeros(len(creator.units))
-    for slot in creator.slots:
-        rows = _rows(slot.node.inputs[slot.operand].const_value.numpy(), slot.axis)  # type: ignore[union-attr]
-        if rows.shape[1] > 1:
-            zero &= ~rows.any(axis=1)
-        else:
-            bias = rows[:, 0].astype(np.float64)
-    return {int(u): float(b) for u, b, z in zip(creator.units, bias, zero, strict=True) if z and u in units}
+    if linear.bias in rows:
+        bias = linear.bias_gain * rows[linear.bias][:, 0].astype(np.float64)
+    zero = np.flatnonzero(~rows[linear.weight].any(axis=1))
+    return {int(creator.units[i]): float(bias[i]) for i in zero if creator.units[i] in units}
 
 
 def _twins(scm: Scm, units: set[int]) -> dict[int, int]:

@@ -10,12 +10,21 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mscompile.passes.canonicalise import CANONICALISE
+from mscompile.passes.carry import FoldCarriers
 from mscompile.passes.fold import FoldReplacements
 from mscompile.passes.narrow import RemoveDeadUnits
 from mscompile.passes.replace import LowerReplacements, WriteReplacements
 from mscompile.plan import Plan
 
-__all__ = ["CANONICALISE", "FoldReplacements", "LowerReplacements", "RemoveDeadUnits", "WriteReplacements", "compiling"]
+__all__ = [
+    "CANONICALISE",
+    "FoldCarriers",
+    "FoldReplacements",
+    "LowerReplacements",
+    "RemoveDeadUnits",
+    "WriteReplacements",
+    "compiling",
+]
 
 
 def compiling(plan: Plan) -> tuple[ir.passes.PassBase, ...]:
@@ -23,6 +32,7 @@ def compiling(plan: Plan) -> tuple[ir.passes.PassBase, ...]:
     return (
         WriteReplacements(plan),
         FoldReplacements(),
+        FoldCarriers(),
         RemoveDeadUnits(tensors=frozenset(site.tensor for site in plan.sites)),
         LowerReplacements(),
         common.RemoveUnusedNodesPass(),

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.operators import IntArray, Signature
-from mscompile.passes.replace import add_parameter, array_of
+from mscompile.operators import DIALECT, IntArray, Signature
+from mscompile.passes.readers import add_parameter, array_of, owned
 from mscompile.scm import Scm, read_scm
 
 
@@ -26,7 +26,7 @@ class RemoveDeadUnits(ir.passes.InPlacePass):
     tensors
         Only units of the sites at these tensors; of all sites if None.
     alignment
-        Filled by the run: for each narrowed tensor, the original channel of each channel left.
+        Filled by the run: for each narrowed site, the original channel of each channel left.
     """
 
     tensors: frozenset[str] | None = None
@@ -44,26 +44,38 @@ class RemoveDeadUnits(ir.passes.InPlacePass):
         for (name, axis), units in scm.axes.items():
             left = np.flatnonzero(~np.isin(units, dead))
             if len(left) < len(units):
-                self.alignment[name] = left
                 value = values[name]
                 if value.shape is not None:
                     value.shape = ir.Shape([len(left) if a == axis else d for a, d in enumerate(value.shape)])
+        for site in scm.sites:
+            left = np.flatnonzero(~np.isin(site.units, dead))
+            if len(left) < site.size:
+                self.alignment[site.tensor] = left
         return ir.passes.PassResult(model, True)
 
 
-def dead_units(scm: Scm, tensors: Iterable[str] | None = None) -> IntArray:
-    """Units that may go and that every reader meets with zeros; of a whole axis of dead units one stays."""
-    wanted = None if tensors is None else set(tensors)
+def unread_units(scm: Scm) -> IntArray:
+    """Units that may go and that every reader meets with zeros."""
     read: set[int] = set()
-    candidates: set[int] = set()
+    every: set[int] = set()
     for site in scm.sites:
+        every.update(site.units.tolist())
         for reader in site.readers:
-            weight = np.moveaxis(array_of(reader.weight), reader.axis, 0)
-            used = weight.reshape(len(weight), -1).any(axis=1)
-            read.update(reader.units[used].tolist())
-        if wanted is None or site.tensor in wanted:
-            candidates.update(site.units.tolist())
-    dead = candidates - read - set(scm.frozen)
+            # Behind a Carry node the weight has one column more, which is no unit's.
+            weight = np.moveaxis(array_of(reader.weight), reader.axis, 0)[: len(reader.units)]
+            read.update(reader.units[weight.reshape(len(weight), -1).any(axis=1)].tolist())
+    return np.array(sorted(every - read - set(scm.frozen)), dtype=np.int64)
+
+
+def dead_units(scm: Scm, tensors: Iterable[str] | None = None) -> IntArray:
+    """Unread units of the sites at `tensors`, or of all; of a whole axis of dead units one stays."""
+    dead = set(unread_units(scm).tolist())
+    if tensors is not None:
+        dead &= {unit for site in scm.sites if site.tensor in set(tensors) for unit in site.units.tolist()}
+    for node in scm.model.graph:
+        if node.domain == DIALECT:  # holds channel numbers, or counts channels, and would have to follow
+            for axis in range(len(scm.shapes.get(node.outputs[0].name or "", ()))):
+                dead -= set(scm.axes.get((node.outputs[0].name or "", axis), np.zeros(0, np.int64)).tolist())
     for units in scm.axes.values():
         if dead.issuperset(units.tolist()):
             dead.discard(int(units[0]))
@@ -89,7 +101,8 @@ def _slice_parameters(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
                 array = np.take(array, left, axis=axis)
             dtype = value.const_value.dtype
             same = [k for k in cuts if k[0].inputs[k[1]] is value]
-            if len(same) == uses_left[value] and all(_equal(cuts[k], axes) for k in same):
+            alone = len(same) == uses_left[value] and not value.is_graph_output()
+            if alone and all(_equal(cuts[k], axes) for k in same):
                 value.const_value = ir.tensor(array, dtype=dtype, name=value.name)
                 value.shape = ir.Shape(array.shape)
                 shared[key] = value
@@ -113,11 +126,9 @@ def _follow_sizes(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
             units = scm.axes.get((output, size.axis))
             if units is None or not np.isin(units, dead).any():
                 continue
-            value = node.inputs[size.operand]
-            assert value is not None
-            target = array_of(value).copy()
+            target = array_of(node.inputs[size.operand]).copy()
             target[size.position] = int((~np.isin(units, dead)).sum())
-            node.replace_input_with(size.operand, add_parameter(graph, value.name or "shape", target))
+            owned(graph, node, size.operand, target)
         for attribute, axis in found.counts:
             units = scm.axes.get((output, axis))
             if units is not None and np.isin(units, dead).any():

@@ -16,27 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from mscompile.operators import DIALECT
-from mscompile.plan import Plan, SitePlan
-from mscompile.scm import Site, read_scm
-
-
-def add_parameter(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-    """Store an array as an initializer under `name`, or `name` with a number where that is taken."""
-    taken, unique, number = set(graph.initializers) | {v.name for node in graph for v in node.outputs}, name, 0
-    while unique in taken:
-        number += 1
-        unique = f"{name}.{number}"
-    tensor = ir.tensor(array, dtype=dtype, name=unique)
-    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def array_of(value: ir.Value | None) -> np.ndarray:
-    """The stored array of a parameter."""
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
+from mscompile.passes.readers import add_parameter, array_of, by_channel, rewrite_reader
+from mscompile.plan import Plan, SitePlan, WindowPlan
+from mscompile.scm import Reader, Scm, Site, read_scm
+from mscompile.windows import window_name
 
 
 @dataclass(frozen=True)
@@ -92,13 +75,21 @@ class WriteReplacements(ir.passes.InPlacePass):
         scm = read_scm(model)
         for planned in self.plan.sites:
             site = scm.site(planned.tensor)
-            self._write(model.graph, site, planned, ir.Shape(scm.shapes[site.tensor]))
+            self._write(model.graph, scm, site, planned)
         if self.plan.sites:
             model.opset_imports[DIALECT] = 1
         return ir.passes.PassResult(model, bool(self.plan.sites))
 
-    def _write(self, graph: ir.Graph, site: Site, planned: SitePlan, shape: ir.Shape) -> None:
-        entries = {reader.entry for reader in site.readers}
+    def _write(self, graph: ir.Graph, scm: Scm, site: Site, planned: SitePlan) -> None:
+        refitted = {window.reader: window for window in planned.windows}
+        pointwise = [reader for reader in site.readers if window_name(reader) not in refitted]
+        for reader in site.readers:
+            if window_name(reader) in refitted:
+                _refit(graph, scm, site, reader, planned, refitted[window_name(reader)])
+        if not pointwise:
+            return
+        shape = ir.Shape(scm.shapes[site.tensor])
+        entries = {reader.entry for reader in pointwise}
         tensor = next(v for reader in site.readers for v in reader.entry.inputs if v is not None and v.name == site.tensor)
         fixed = [
             add_parameter(graph, f"{site.tensor}.kept", planned.kept),
@@ -106,7 +97,10 @@ class WriteReplacements(ir.passes.InPlacePass):
         ]
         if planned.affine is not None:
             fixed.append(add_parameter(graph, f"{site.tensor}.matrix", planned.affine))
-        replaced = ir.Value(name=f"{site.tensor}.replaced", shape=shape, type=tensor.type)
+        # Exporters need not declare the type of a tensor; that of the weights which read it is the same.
+        weight = site.readers[0].weight.const_value
+        assert weight is not None
+        replaced = ir.Value(name=f"{site.tensor}.replaced", shape=shape, type=ir.TensorType(weight.dtype))
         node = ir.node("Replace", [tensor, *fixed], {"axis": site.axis}, domain=DIALECT, outputs=[replaced])
         producer = tensor.producer()
         assert producer is not None
@@ -116,17 +110,40 @@ class WriteReplacements(ir.passes.InPlacePass):
         graph.insert_after(producer, node)
 
 
+def _refit(graph: ir.Graph, scm: Scm, site: Site, reader: Reader, planned: SitePlan, window: WindowPlan) -> None:
+    """Give a reader the weights fitted over its window: on retained channels, on ones, and zeros on the others."""
+    dense = by_channel(reader, site.size)
+    columns, response = np.zeros_like(dense), np.zeros_like(dense[0])
+    retained, taps, outputs = window.columns.shape
+    if window.places is None:  # [channels, 1, outputs, kernel]
+        columns[planned.kept] = window.columns.transpose(0, 2, 1).reshape(retained, *dense.shape[1:])
+        if reader.border:
+            response += window.response.T.reshape(response.shape)
+        else:
+            response.reshape(outputs, taps)[:, 0] = window.response[0]
+    else:  # [channels, places, outputs]
+        columns[planned.kept] = window.columns
+        response[0] = window.response[0]
+    rewrite_reader(graph, scm, reader, columns, response)
+
+
 @dataclass(frozen=True)
 class LowerReplacements(ir.passes.InPlacePass):
-    """Spell out Replace nodes: ``Gather(Concat(a_K, matrix · a_K + constants), places)``."""
+    """Spell out the dialect.
+
+    Replace: ``Gather(Concat(a_K, matrix · a_K + constants), places)``. Carry: ``Concat(a, a_0⁰)``, since 0⁰ is 1.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run the pass."""
         found = replacements(model.graph)
         for replacement in found:
             self._lower(model.graph, replacement)
+        carries = [node for node in model.graph if node.domain == DIALECT and node.op_type == "Carry"]
+        for node in carries:
+            _lower_carry(model.graph, node)
         model.opset_imports.pop(DIALECT, None)
-        return ir.passes.PassResult(model, bool(found))
+        return ir.passes.PassResult(model, bool(found or carries))
 
     def _lower(self, graph: ir.Graph, replacement: Replacement) -> None:
         node, axis = replacement.node, replacement.axis
@@ -134,7 +151,7 @@ class LowerReplacements(ir.passes.InPlacePass):
         assert tensor is not None
         assert target.shape is not None
         rank = len(target.shape)
-        dtype = tensor.dtype or ir.DataType.FLOAT
+        dtype = target.dtype or ir.DataType.FLOAT
         last = [a for a in range(rank) if a != axis] + [axis]
         back = [int(a) for a in np.argsort(last)]
         tape = ir.tape.Tape()
@@ -158,3 +175,18 @@ class LowerReplacements(ir.passes.InPlacePass):
         target.replace_all_uses_with(lowered)
         graph.remove(node, safe=True)
         lowered.name = name
+
+
+def _lower_carry(graph: ir.Graph, node: ir.Node) -> None:
+    source, target = node.inputs[0], node.outputs[0]
+    assert source is not None
+    axis, dtype = node.attributes["axis"].as_int(), target.dtype or ir.DataType.FLOAT
+    tape = ir.tape.Tape()
+    first = tape.op("Gather", [source, add_parameter(graph, f"{target.name}.first", np.zeros(1, np.int64))], {"axis": axis})
+    ones = tape.op("Pow", [first, add_parameter(graph, f"{target.name}.nought", np.zeros((), dtype.numpy()), dtype)])
+    target.name, name = None, target.name
+    stacked = tape.op("Concat", [source, ones], {"axis": axis})
+    graph.insert_after(node, tape.nodes)
+    target.replace_all_uses_with(stacked)
+    graph.remove(node, safe=True)
+    stacked.name = name

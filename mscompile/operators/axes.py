@@ -148,6 +148,18 @@ Declaration = Callable[[NodeView], Signature | str]
 
 
 @dataclass(frozen=True)
+class Barrier:
+    """Declares nothing about the channels: the operator is a barrier, of which gradients may still have a rule."""
+
+    reason: str = "has no declaration"
+
+    def __call__(self, node: NodeView) -> str:
+        """Give the reason."""
+        del node
+        return self.reason
+
+
+@dataclass(frozen=True)
 class Operator:
     """One row.
 

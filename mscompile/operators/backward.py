@@ -2,6 +2,9 @@
 
 A rule takes a `Backward` and returns, for each input operand that wants one, the gradient of ``vᵀ y`` with respect to it,
 built from standard operators; or the reason why it cannot. Rules never differentiate parameters.
+
+The graph also runs on batches of other sizes than the sample that the shapes come from: a rule reads ranks, ones and static
+sizes from them, and asks ``Shape`` of the running graph for anything that may vary.
 """
 
 from __future__ import annotations
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
 
 PREFIX = "mscompile."
 """Start of every name the compiler gives to a tensor of a throw-away graph."""
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+_AXES_OPERAND = {"ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13}
+"""Opset from which the axes are an operand; 18 for every other reduction."""
+
+
+class NoRuleError(Exception):
+    """Why a rule does not apply to a node, as a clause after the node's name."""
 
 
 @dataclass
@@ -66,12 +76,42 @@ class Builder:
         """A stored int64 array."""
         return self.constant(values, np.int64)
 
+    def over(self, operator: str, value: ir.Value, axes: Sequence[int], **attributes: Any) -> ir.Value:
+        """An operator that takes axes: as an attribute in older opsets, as an operand in newer ones."""
+        if self.opset >= _AXES_OPERAND.get(operator, 18):
+            return self.op(operator, value, self.integers(list(axes)), **attributes)
+        return self.op(operator, value, axes=list(axes), **attributes)
+
     def reduce(self, operator: str, value: ir.Value, axes: Sequence[int], *, keepdims: bool = True) -> ir.Value:
-        """ReduceSum and its kind; the axes became an operand with opset 13 (ReduceSum) or 18 (the others)."""
-        keep = int(keepdims)
-        if self.opset >= (13 if operator == "ReduceSum" else 18):
-            return self.op(operator, value, self.integers(list(axes)), keepdims=keep)
-        return self.op(operator, value, axes=list(axes), keepdims=keep)
+        """ReduceSum and its kind."""
+        return self.over(operator, value, axes, keepdims=int(keepdims))
+
+    def unsqueeze(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """Insert axes of size 1; `axes` are those of the result."""
+        return self.over("Unsqueeze", value, axes) if axes else value
+
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """Size of an axis when the graph runs: int64 [1]."""
+        return self.op("Gather", self.op("Shape", value), self.integers([axis]), axis=0)
+
+    def fill(self, number: ir.Value, shape: ir.Value) -> ir.Value:
+        """A tensor of one number."""
+        return self.op("Expand", number, shape)
+
+    def swap(self, value: ir.Value, rank: int) -> ir.Value:
+        """Transpose the last two axes."""
+        return self.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
+
+    def contract(self, value: ir.Value, axis: int, rank: int, response: ir.Value) -> ir.Value:
+        """Carry a gradient back through a linear map along one axis; ``response[i, o]`` is ∂output o / ∂input i."""
+        if axis == rank - 2:
+            return self.op("MatMul", response, value)
+        across = self.op("Transpose", response, perm=[1, 0])
+        if axis == rank - 1:
+            return self.op("MatMul", value, across)
+        order = [a for a in range(rank) if a != axis] + [axis]
+        product = self.op("MatMul", self.op("Transpose", value, perm=order), across)
+        return self.op("Transpose", product, perm=[int(a) for a in np.argsort(order)])
 
 
 @dataclass(frozen=True)
@@ -90,6 +130,8 @@ class Backward:
         Input operands whose gradient is asked for.
     dtype
         Element type of gradients.
+    declared
+        Shapes by tensor name as the model states them; a number there is the same in every run.
     """
 
     view: NodeView
@@ -97,29 +139,80 @@ class Backward:
     gradients: tuple[ir.Value | None, ...]
     wanted: frozenset[int]
     dtype: np.dtype[Any]
+    declared: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def gradient(self) -> ir.Value:
-        """Gradient that arrives at output 0."""
-        gradient = self.gradients[0]
-        assert gradient is not None
+        """Gradient that arrives at output 0, for rules that know no other output."""
+        gradient, *others = self.gradients
+        if gradient is None or any(other is not None for other in others):
+            raise NoRuleError("has a gradient at another output than its first")
         return gradient
 
+    @property
+    def opset(self) -> int:
+        """Opset of the model."""
+        return self.build.opset
+
     def input(self, operand: int) -> ir.Value:
-        """Input of the forward node."""
-        value = self.view.node.inputs[operand]
+        """Input of the forward node, in the gradients' type if it is a float."""
+        value = self.view.value(operand)
         assert value is not None
-        return value
+        return self._float(value)
 
     def output(self, position: int = 0) -> ir.Value:
-        """Output of the forward node."""
-        return self.view.node.outputs[position]
+        """Output of the forward node, in the gradients' type if it is a float."""
+        return self._float(self.view.node.outputs[position])
+
+    def of(self, operand: int) -> Term:
+        """Input of the forward node, in a formula."""
+        return Term(self, self.input(operand))
+
+    @property
+    def x(self) -> Term:
+        """Input 0, in a formula."""
+        return self.of(0)
+
+    @property
+    def y(self) -> Term:
+        """Output 0, in a formula."""
+        return Term(self, self.output())
+
+    @property
+    def g(self) -> Term:
+        """The arriving gradient, in a formula."""
+        return Term(self, self.gradient)
+
+    def _float(self, value: ir.Value) -> ir.Value:
+        kind = ir.DataType.from_numpy(self.dtype)
+        return self.op("Cast", value, to=int(kind)) if value.dtype in FLOATS and value.dtype != kind else value
 
     def shape(self, operand: int) -> Shape:
-        """Shape of an operand, which a rule may ask for only where it is known."""
+        """Shape of an operand for the sample batch."""
         shape = self.view.shape(operand)
-        assert shape is not None
+        if shape is None:
+            raise NoRuleError("has an operand of unknown shape")
         return shape
+
+    def rank(self, operand: int) -> int:
+        """Rank of an operand."""
+        return len(self.shape(operand))
+
+    def sizes(self, operand: int, axes: Sequence[int]) -> list[int]:
+        """Sizes of some axes of an operand for the sample batch."""
+        shape = self.shape(operand)
+        sizes = [d for d in (shape[a] for a in axes) if isinstance(d, int)]
+        if len(sizes) < len(axes):
+            raise NoRuleError("has an operand of unknown size")
+        return sizes
+
+    def fixed(self, operand: int, axis: int) -> int | None:
+        """Size of an axis if it is the same in every run, None where that is not known."""
+        value = self.view.value(operand)
+        assert value is not None
+        shape = self.declared.get(value.name or "", value.shape)
+        size = None if shape is None or len(shape) != self.rank(operand) else shape[axis]
+        return size if isinstance(size, int) else None
 
     def op(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Output of a new node."""
@@ -129,22 +222,134 @@ class Backward:
         """A stored number of the gradients' type."""
         return self.build.constant(value, self.dtype)
 
+    def number(self, value: ir.Value) -> ir.Value:
+        """Truth values or integers as numbers of the gradients' type."""
+        return self.op("Cast", value, to=int(ir.DataType.from_numpy(self.dtype)))
+
     def where_positive(self, value: ir.Value) -> ir.Value:
         """1 where `value` > 0, else 0, in the gradients' type."""
-        kind = int(ir.DataType.from_numpy(self.dtype))
-        return self.op("Cast", self.op("Greater", value, self.scalar(0.0)), to=kind)
+        if self.dtype == np.float32:  # One fast operator; only subnormal values come out between 0 and 1.
+            return self.op("HardSigmoid", value, alpha=3e38, beta=0.0)
+        return self.number(self.op("Greater", value, self.scalar(0.0)))
 
-    def unbroadcast(self, gradient: ir.Value, operand: int) -> ir.Value:
-        """Sum a gradient of the output's shape over the axes along which `operand` was broadcast."""
-        wide, narrow = self.shape(~0), self.shape(operand)
+    def like(self, gradient: ir.Value, operand: int) -> ir.Value:
+        """Reshape to the shape of an input."""
+        return self.op("Reshape", gradient, self.op("Shape", self.input(operand)))
+
+    def spread(self, gradient: ir.Value, operand: int) -> ir.Value:
+        """Broadcast to the shape of an input."""
+        return self.op("Expand", gradient, self.op("Shape", self.input(operand)))
+
+    def zeros(self, value: ir.Value) -> ir.Value:
+        """Zeros of the shape of a value."""
+        return self.build.fill(self.scalar(0.0), self.op("Shape", value))
+
+    def identity(self, operand: int, axis: int) -> ir.Value:
+        """The identity matrix of the size of an axis: through it, a linear operator shows its matrix."""
+        size = self.fixed(operand, axis)
+        if size is not None:
+            return self.build.constant(np.eye(size), self.dtype)
+        length = self.build.size(self.input(operand), axis)
+        return self.op("EyeLike", self.build.fill(self.scalar(0.0), self.op("Concat", length, length, axis=0)))
+
+    def unbroadcast(self, gradient: ir.Value, operand: int, wide: Shape | None = None) -> ir.Value:
+        """Sum a gradient of shape `wide` (the output's if not given) over the axes along which `operand` was broadcast."""
+        wide, narrow = self.shape(~0) if wide is None else wide, self.shape(operand)
         extra = len(wide) - len(narrow)
-        stretched = [extra + axis for axis, dim in enumerate(narrow) if dim == 1 and wide[extra + axis] != 1]
-        over = [*range(extra), *stretched]
+        pairs = list(zip(narrow, wide[extra:], strict=True))
+        if any(n != w for n, w in pairs if not isinstance(n, int)) or any(n is None for n, _ in pairs):
+            return self._unbroadcast_late(gradient, operand, extra)
+        over = [*range(extra), *(extra + axis for axis, (n, w) in enumerate(pairs) if n == 1 and w != 1)]
         if not over:
             return gradient
         summed = self.build.reduce("ReduceSum", gradient, over)
-        return self.op("Reshape", summed, self.op("Shape", self.input(operand))) if extra else summed
+        return self.like(summed, operand) if extra else summed
+
+    def _unbroadcast_late(self, gradient: ir.Value, operand: int, extra: int) -> ir.Value:
+        """The same where a size is not known before the graph runs."""
+        if self.opset < 13:
+            raise NoRuleError("broadcasts operands of unknown size")
+        ones = self.build.integers([1] * extra)
+        narrow = self.op("Concat", ones, self.op("Shape", self.input(operand)), axis=0)
+        over = self.op("NonZero", self.op("Less", narrow, self.op("Shape", gradient)))
+        flat = self.op("Reshape", over, self.build.integers([-1]))
+        return self.like(self.op("ReduceSum", gradient, flat, keepdims=1, noop_with_empty_axes=1), operand)
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A value in a formula; arithmetic on it appends nodes."""
+
+    b: Backward
+    value: ir.Value
+
+    def of(self, operator: str, *others: Term | float, **attributes: Any) -> Term:
+        """An operator on this term and others."""
+        return Term(self.b, self.b.op(operator, self.value, *map(self._value, others), **attributes))
+
+    def _value(self, other: Term | float) -> ir.Value:
+        return other.value if isinstance(other, Term) else self.b.scalar(other)
+
+    def _term(self, number: float) -> Term:
+        return Term(self.b, self.b.scalar(number))
+
+    def __add__(self, other: Term | float) -> Term:
+        return self.of("Add", other)
+
+    def __sub__(self, other: Term | float) -> Term:
+        return self.of("Sub", other)
+
+    def __mul__(self, other: Term | float) -> Term:
+        return self.of("Mul", other)
+
+    def __truediv__(self, other: Term | float) -> Term:
+        return self.of("Div", other)
+
+    def __neg__(self) -> Term:
+        return self.of("Neg")
+
+    def __radd__(self, number: float) -> Term:
+        return self + number
+
+    def __rsub__(self, number: float) -> Term:
+        return self._term(number) - self
+
+    def __rmul__(self, number: float) -> Term:
+        return self * number
+
+    def __rtruediv__(self, number: float) -> Term:
+        return self._term(number) / self
+
+    def positive(self) -> Term:
+        """1 where the term is positive, else 0."""
+        return Term(self.b, self.b.where_positive(self.value))
+
+    def over(self, operator: str, axes: Sequence[int]) -> Term:
+        """A reduction that keeps the reduced axes."""
+        return Term(self.b, self.b.build.reduce(operator, self.value, axes))
 
 
 Reverse = Callable[[Backward], Mapping[int, ir.Value] | str]
 """Gradients by input operand, or the reason why there are none."""
+Formula = Callable[[Backward], Term]
+
+
+def nothing(b: Backward) -> Mapping[int, ir.Value]:
+    """No output changes with an input, as far as derivatives go."""
+    del b
+    return {}
+
+
+def through(b: Backward) -> Mapping[int, ir.Value]:
+    """The gradient, as it is."""
+    return {0: b.gradient}
+
+
+def slope(formula: Formula) -> Reverse:
+    """Rule of an operator that acts on input 0 element by element, from its derivative."""
+    return lambda b: {0: (b.g * formula(b)).value}
+
+
+def gradients(*formulas: Formula) -> Reverse:
+    """Rule of an operator that broadcasts, from the gradient of each operand before it is summed."""
+    return lambda b: {i: b.unbroadcast(formulas[i](b).value, i) for i in b.wanted}

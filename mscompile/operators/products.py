@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from mscompile.operators.axes import OUT, Linear, NodeView, Operator, Port, Signature
+from mscompile.operators.axes import OUT, Barrier, Dim, Linear, NodeView, Operator, Port, Signature
 from mscompile.operators.backward import Backward
+from mscompile.operators.sliding import Slide, pads_to_size, slides, transposed_slides
 
 
 def gemm(node: NodeView) -> Signature | str:
@@ -101,6 +104,9 @@ def product_macs(node: NodeView) -> int:
     return _output_volume(node) * int(shape[0 if node.attribute("transA", 0) else -1] or 1)
 
 
+# -- reverse --
+
+
 def gemm_reverse(b: Backward) -> Mapping[int, ir.Value]:
     """DA = alpha · dY Bᵀ, dB = alpha · Aᵀ dY, each turned as its operand is."""
     left, right = bool(b.view.attribute("transA", 0)), bool(b.view.attribute("transB", 0))
@@ -113,13 +119,156 @@ def gemm_reverse(b: Backward) -> Mapping[int, ir.Value]:
         operands = (b.gradient, b.input(0), True, left) if right else (b.input(0), b.gradient, not left, False)
         found[1] = b.op("Gemm", *operands[:2], alpha=alpha, transA=int(operands[2]), transB=int(operands[3]))
     if 2 in b.wanted:
-        found[2] = b.unbroadcast(b.op("Mul", b.gradient, b.scalar(float(b.view.attribute("beta", 1.0)))), 2)
+        found[2] = b.unbroadcast((b.g * float(b.view.attribute("beta", 1.0))).value, 2)
     return found
+
+
+def matmul_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """DA = dY Bᵀ, dB = Aᵀ dY, summed over the stacks that an operand was repeated for; a vector is a row or a column."""
+    shapes, build = (b.shape(0), b.shape(1)), b.build
+    left, right, gradient = b.input(0), b.input(1), b.gradient
+    row, column = len(shapes[0]) == 1, len(shapes[1]) == 1
+    rank = max(2, *map(len, shapes))
+    stack = b.shape(~0)[: rank - 2]
+    if column:
+        right, gradient = build.unsqueeze(right, [1]), build.unsqueeze(gradient, [b.rank(~0)])
+    if row:
+        left, gradient = build.unsqueeze(left, [0]), build.unsqueeze(gradient, [rank - 2])
+    found = {}
+    if 0 in b.wanted:
+        product = b.op("MatMul", gradient, build.swap(right, max(2, len(shapes[1]))))
+        found[0] = b.unbroadcast(product, 0, (*stack, *((1,) if row else ()), *shapes[0][-2:]))
+    if 1 in b.wanted:
+        product = b.op("MatMul", build.swap(left, max(2, len(shapes[0]))), gradient)
+        if column:
+            product = build.reduce("ReduceSum", product, [rank - 1], keepdims=False)
+        found[1] = b.unbroadcast(product, 1, (*stack, *shapes[1][-2:]))
+    return found
+
+
+def einsum_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """An einsum of the arriving gradient with the other operands, where every index of the operand occurs there."""
+    equation = str(b.view.attribute("equation", "")).replace(" ", "")
+    inputs, arrow, output = equation.partition("->")
+    terms = inputs.split(",")
+    if not arrow:
+        letters = inputs.replace(".", "").replace(",", "")
+        output = "..." * ("..." in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    sizes: dict[str, Dim] = {}
+    for operand, term in zip((*range(len(terms)), OUT), (*terms, output), strict=True):
+        before, dots, after = term.partition("...")
+        if len({*before, *after}) < len(before + after):
+            return "repeats an index in one operand"
+        shape = b.shape(operand)
+        stack = range(len(shape) - len(before + after), 0, -1) if dots else ()
+        names = [*before, *(f"-{place}" for place in stack), *after]
+        if any(sizes.setdefault(name, size) != size for name, size in zip(names, shape, strict=True)):
+            return "broadcasts an index"
+    found = {}
+    for i in b.wanted:
+        others = [j for j in range(len(terms)) if j != i]
+        if not set(terms[i]) <= set(output).union(*(terms[j] for j in others)):
+            return "sums over an index of one operand"
+        if ("..." in output) != ("..." in terms[i]):
+            return "has '...' in some operands only"
+        back = ",".join([output, *(terms[j] for j in others)]) + "->" + terms[i]
+        found[i] = b.op("Einsum", b.gradient, *(b.input(j) for j in others), equation=back)
+    return found
+
+
+def conv_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """The transposed convolution with the same filters; at stride 1 the faster convolution with the filters turned round."""
+    if 1 in b.wanted:
+        return "computes its filters"
+    found = _bias_reverse(b)
+    if 0 in b.wanted:
+        windows = slides(b, b.sizes(1, range(2, b.rank(1))))
+        pads = [w.extent - 1 - w.low for w in windows] + [w.extent - 1 - w.high for w in windows]
+        if all(w.stride == 1 for w in windows) and min(pads) >= 0 and b.opset >= 10:
+            found[0] = b.op("Conv", b.gradient, _turn_round(b), pads=pads, **_filter(b, windows))
+        else:
+            found[0] = _spread(b, windows)
+    return found
+
+
+def conv_transpose_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """The convolution with the same filters."""
+    if 1 in b.wanted:
+        return "computes its filters"
+    found = _bias_reverse(b)
+    if 0 in b.wanted:
+        windows = transposed_slides(b, b.sizes(1, range(2, b.rank(1))))
+        pads = [w.low for w in windows] + [w.high for w in windows]
+        more = b.view.attribute("output_padding", [0])
+        if min(pads) < 0 or any(m >= w.stride for m, w in zip(more, windows, strict=False)):
+            return "pads its output by more than its stride"
+        strides = [w.stride for w in windows]
+        found[0] = b.op("Conv", b.gradient, b.input(1), pads=pads, strides=strides, **_filter(b, windows))
+    return found
+
+
+def _bias_reverse(b: Backward) -> dict[int, ir.Value]:
+    if 2 not in b.wanted:
+        return {}
+    return {2: b.build.reduce("ReduceSum", b.gradient, [a for a in range(b.rank(OUT)) if a != 1], keepdims=False)}
+
+
+def _filter(b: Backward, windows: Sequence[Slide]) -> dict[str, Any]:
+    return {
+        "kernel_shape": [w.kernel for w in windows],
+        "dilations": [w.dilation for w in windows],
+        "group": b.view.attribute("group", 1),
+    }
+
+
+def _turn_round(b: Backward) -> ir.Value:
+    """Filters with input and output channels swapped and every spatial axis flipped; onnxruntime computes them once."""
+    filters, group = b.input(1), int(b.view.attribute("group", 1))
+    outs, ins, *kernel = b.sizes(1, range(b.rank(1)))
+    if group > 1:
+        filters = b.op("Reshape", filters, b.build.integers([group, outs // group, ins, *kernel]))
+        filters = b.op("Transpose", filters, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+        filters = b.op("Reshape", filters, b.build.integers([group * ins, outs // group, *kernel]))
+    else:
+        filters = b.op("Transpose", filters, perm=[1, 0, *range(2, 2 + len(kernel))])
+    flipped = [axis for axis, size in enumerate(kernel, start=2) if size > 1]
+    if not flipped:
+        return filters
+    start, end, step = ([number] * len(flipped) for number in (-1, np.iinfo(np.int64).min, -1))
+    return b.op("Slice", filters, *map(b.build.integers, (start, end, flipped, step)))
+
+
+def _spread(b: Backward, windows: Sequence[Slide]) -> ir.Value:
+    """Transposed convolution back to the size of the input, which follows from the output's only up to a stride."""
+    axes = range(2, b.rank(0))
+    strided = [axis for axis, w in zip(axes, windows, strict=True) if w.stride > 1]
+    exact = pads_to_size(b.view) or all(b.fixed(0, axis) is not None for axis in strided)
+    more = [w.stride - 1 for w in windows]
+    if exact:
+        ends = [w.low + w.high - w.extent for w in windows]
+        more = [
+            (b.sizes(0, [axis])[0] + end) % w.stride if w.stride > 1 else 0
+            for axis, end, w in zip(axes, ends, windows, strict=True)
+        ]
+    spread = b.op(
+        "ConvTranspose",
+        b.gradient,
+        b.input(1),
+        strides=[w.stride for w in windows],
+        pads=[w.low for w in windows] + [w.high for w in windows],
+        output_padding=more,
+        **_filter(b, windows),
+    )
+    if exact:
+        return spread
+    size = b.op("Gather", b.op("Shape", b.input(0)), b.build.integers(strided), axis=0)
+    return b.op("Slice", spread, b.build.integers([0] * len(strided)), size, b.build.integers(strided))
 
 
 ROWS = (
     Operator("Gemm", gemm, macs=product_macs, reverse=gemm_reverse),
-    Operator("MatMul", matmul, macs=product_macs),
-    Operator("Conv", conv, macs=conv_macs),
-    Operator("ConvTranspose", conv_transpose, macs=conv_transpose_macs),
+    Operator("MatMul", matmul, macs=product_macs, reverse=matmul_reverse),
+    Operator("Conv", conv, macs=conv_macs, reverse=conv_reverse),
+    Operator("ConvTranspose", conv_transpose, macs=conv_transpose_macs, reverse=conv_transpose_reverse),
+    Operator("Einsum", Barrier("contracts by an equation"), reverse=einsum_reverse),
 )

@@ -1,0 +1,159 @@
+"""Rewriting the weights and biases of readers, shared by the passes. A parameter used elsewhere is never touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mscompile.operators import DIALECT, Linear, Signature, is_parameter
+from mscompile.scm import Reader, Scm
+
+
+def add_parameter(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """Store an array as an initializer under `name`, or `name` with a number where that is taken."""
+    taken, unique, number = set(graph.initializers) | {v.name for node in graph for v in node.outputs}, name, 0
+    while unique in taken:
+        number += 1
+        unique = f"{name}.{number}"
+    tensor = ir.tensor(array, dtype=dtype, name=unique)
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def array_of(value: ir.Value | None) -> np.ndarray:
+    """The stored array of a parameter."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def owned(graph: ir.Graph, node: ir.Node, operand: int, array: np.ndarray) -> None:
+    """Give a node `array` as its parameter at `operand`; other users of the old parameter keep theirs."""
+    old = node.inputs[operand]
+    assert old is not None
+    assert old.const_value is not None
+    dtype = old.const_value.dtype
+    tensor = ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy())), dtype=dtype, name=old.name)
+    if len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value = tensor
+        old.shape = ir.Shape(array.shape)
+    else:
+        node.replace_input_with(operand, add_parameter(graph, old.name or "weight", tensor.numpy(), dtype))
+
+
+def by_channel(reader: Reader, size: int) -> np.ndarray:
+    """[channels, places, rest]: a reader's weight in float64, columns in the order of the site's channels."""
+    weight = np.moveaxis(array_of(reader.weight).astype(np.float64), reader.axis, 0)
+    return weight[np.argsort(reader.index, kind="stable")].reshape(size, -1, *weight.shape[1:])
+
+
+def rewrite_reader(graph: ir.Graph, scm: Scm, reader: Reader, columns: np.ndarray, response: np.ndarray) -> None:
+    """Give a reader new weights and what constants contribute.
+
+    Parameters
+    ----------
+    columns
+        [channels, places, rest], as of `by_channel`.
+    response
+        [places, rest]: the weight on a channel of ones. To a reader that pads it is just that, and a Carry node provides the
+        channel; to others it is a bias.
+    """
+    linear = reader.signature.linear
+    assert linear is not None
+    weight = np.empty((len(reader.index), *columns.shape[2:]))
+    weight[np.argsort(reader.index, kind="stable")] = columns.reshape(weight.shape)
+    carried = reader.border and bool(response.any())
+    if carried:
+        weight = np.concatenate([weight, response.sum(axis=0, keepdims=True)])
+    owned(graph, reader.node, linear.weight, np.moveaxis(weight, 0, reader.axis))
+    if carried:
+        _carry(graph, scm, reader, linear)
+    elif response.any():
+        created, out_axis = created_axis(reader.signature)
+        rest = [a for a in range(weight.ndim) if a != reader.axis]
+        over = tuple(i for i, a in enumerate(rest) if a != created)
+        rank = len(scm.shapes[reader.node.outputs[0].name or ""])
+        add_bias(graph, reader.node, linear, response.sum(axis=0).sum(axis=over) * linear.gain, rank - 1 - out_axis)
+
+
+def _carry(graph: ir.Graph, scm: Scm, reader: Reader, linear: Linear) -> None:
+    """Put ``mscompile::Carry(x; axis)`` before a reader: x with one more channel, of ones."""
+    source = reader.node.inputs[linear.data]
+    assert source is not None
+    dims = list(scm.shapes[source.name or ""])
+    dims[reader.data_axis] = len(reader.index) + 1
+    tensor = reader.node.inputs[linear.weight]
+    assert tensor is not None
+    assert tensor.const_value is not None
+    stacked = ir.Value(
+        name=f"{reader.node.outputs[0].name}.carried", shape=ir.Shape(dims), type=ir.TensorType(tensor.const_value.dtype)
+    )
+    node = ir.node("Carry", [source], {"axis": reader.data_axis}, domain=DIALECT, outputs=[stacked])
+    graph.insert_before(reader.node, node)
+    reader.node.replace_input_with(linear.data, stacked)
+
+
+def created_axis(found: Signature) -> tuple[int, int]:
+    """Weight axis and output axis of the units that a linear operator creates."""
+    linear = found.linear
+    assert linear is not None
+    for link in found.links:
+        ports = dict(link)
+        if linear.weight in ports and ~0 in ports:
+            return ports[linear.weight], ports[~0]
+    raise AssertionError("a linear operator creates channels")
+
+
+def add_bias(graph: ir.Graph, node: ir.Node, linear: Linear, shift: np.ndarray, trailing: int) -> None:
+    """Add a vector over the created channels to a node's output: into its bias, the addition behind it, or a new one.
+
+    `trailing` counts the output axes behind the created one.
+    """
+    weight, output = node.inputs[linear.weight], node.outputs[0]
+    assert weight is not None
+    assert weight.const_value is not None
+    dtype = weight.const_value.dtype
+    if linear.bias is not None and linear.bias_gain != 0:
+        if len(node.inputs) <= linear.bias:
+            node.resize_inputs(linear.bias + 1)
+        held = node.inputs[linear.bias]
+        if held is None:
+            added = add_parameter(graph, f"{weight.name}.bias", (shift / linear.bias_gain).astype(dtype.numpy()), dtype)
+            node.replace_input_with(linear.bias, added)
+            return
+        if is_parameter(held):
+            bias = array_of(held).astype(np.float64)
+            owned(graph, node, linear.bias, bias + (shift / linear.bias_gain).reshape((1,) * (bias.ndim - 1) + (-1,)))
+            return
+    shaped = shift.reshape((-1,) + (1,) * trailing)
+    adder = _adder(output, len(shift), trailing)
+    if adder is not None:
+        use, operand = adder
+        owned(graph, use, operand, array_of(use.inputs[operand]).astype(np.float64) + shaped)
+        return
+    total = ir.Value(name=None, shape=output.shape, type=output.type)
+    stored = add_parameter(graph, f"{output.name}.bias", shaped.astype(dtype.numpy()), dtype)
+    addition = ir.node("Add", [output, stored], outputs=[total])
+    if output.is_graph_output():
+        total.name, output.name = output.name, f"{output.name}.unbiased"
+        graph.outputs[:] = [total if value is output else value for value in graph.outputs]
+    for use, operand in list(output.uses()):
+        if use is not addition:
+            use.replace_input_with(operand, total)
+    graph.insert_after(node, addition)
+
+
+def _adder(output: ir.Value, size: int, trailing: int) -> tuple[ir.Node, int] | None:
+    """The addition of a fitting parameter vector that alone uses a value, and the parameter's operand."""
+    uses = list(output.uses())
+    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add":
+        return None
+    node = uses[0].node
+    for operand, value in enumerate(node.inputs):
+        if value is not None and is_parameter(value):
+            shape = array_of(value).shape
+            axis = len(shape) - 1 - trailing
+            if axis >= 0 and shape[axis] == size and all(d == 1 for a, d in enumerate(shape) if a != axis):
+                return node, operand
+    return None
