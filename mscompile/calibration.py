@@ -42,6 +42,8 @@ class Measure:
     ----------
     covariance
         Whether the channels' covariance is summed, which affine replacement needs.
+    shared
+        Whether what different samples have in common at a position is summed, which a fit for interchange needs.
     windows
         Whether readers that see several positions at once are observed by their windows.
     extremes
@@ -62,6 +64,7 @@ class Measure:
     """
 
     covariance: bool = True
+    shared: bool = False
     windows: bool = False
     extremes: bool = True
     output: str = ""
@@ -158,7 +161,9 @@ def _pass(
         for name, (site, window, _) in instrument.windows.items():
             seen, products = (found[_quantity(name, quantity)] for quantity in ("windows", "window"))
             centre = centres[site.tensor].astype(np.float64)
-            wider = WindowMoments(window, centre, int(seen), products.astype(np.float64))
+            between = found.get(_quantity(name, "between"))
+            shared = None if between is None else between.astype(np.float64)
+            wider = WindowMoments(window, centre, int(seen), products.astype(np.float64), shared)
             windows[name] = windows[name] + wider if name in windows else wider
 
     state, start, held = instrument.empty(), 0, 0
@@ -342,6 +347,9 @@ class Instrument:
         self._output(site.tensor, "sum", self._total(centred, positions), one, zero)
         if self._measure.covariance:
             self._output(site.tensor, "products", self._products(rows), (site.size, site.size), zero)
+            if self._measure.shared and rank > 2:
+                others = self._rows(self._rolled(centred), site, rank)
+                self._output(site.tensor, "shared", self._products(rows, others), (site.size, site.size), zero)
         else:
             self._output(site.tensor, "squares", self._total(build.op("Mul", centred, centred), positions), one, zero)
         if self._measure.extremes:
@@ -392,10 +400,15 @@ class Instrument:
                 name=f"{PREFIX}offset:{name}", shape=ir.Shape([len(window.kernel)]), type=ir.TensorType(ir.DataType.INT64)
             )
             self._graph.inputs.append(offset)
-        rows = features(build, window, centred, thin, offset)
+        seen, flat = features(build, window, centred, thin, offset), build.integers([-1, window.features])
+        rows = build.op("Reshape", seen, flat)
         count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
         self._output(name, "windows", count, (), np.int64(0))
-        self._output(name, "window", self._products(rows), (window.features, window.features), np.float32(0))
+        square = (window.features, window.features)
+        self._output(name, "window", self._products(rows), square, np.float32(0))
+        if self._measure.shared:
+            others = build.op("Reshape", self._rolled(seen), flat)
+            self._output(name, "between", self._products(rows, others), square, np.float32(0))
 
     def _channel_major(self, site: Site, reader: Reader) -> ir.Value:
         """[samples, channels · places]: the input of a product less the site's centre."""
@@ -423,8 +436,19 @@ class Instrument:
             value = self._build.op("Transpose", value, perm=[a for a in range(rank) if a != site.axis] + [site.axis])
         return value if rank == 2 else self._build.op("Reshape", value, self._build.integers([-1, site.size]))
 
-    def _products(self, rows: ir.Value) -> ir.Value:
-        return self._build.op("MatMul", self._build.op("Transpose", rows, perm=[1, 0]), rows)
+    def _products(self, rows: ir.Value, others: ir.Value | None = None) -> ir.Value:
+        return self._build.op("MatMul", self._build.op("Transpose", rows, perm=[1, 0]), rows if others is None else others)
+
+    def _rolled(self, value: ir.Value) -> ir.Value:
+        """The value of the next sample at each sample, of the first at the last."""
+        build, first = self._build, self._build.integers([1])
+        if build.opset < 10:
+            tail = build.op("Slice", value, starts=[1], ends=[np.iinfo(np.int64).max], axes=[0])
+            return build.op("Concat", tail, build.op("Slice", value, starts=[0], ends=[1], axes=[0]), axis=0)
+        start, end = build.integers([0]), build.integers([np.iinfo(np.int64).max])
+        return build.op(
+            "Concat", build.op("Slice", value, first, end, start), build.op("Slice", value, start, first, start), axis=0
+        )
 
     def _total(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
         """[channels]: sum over `axes`. Down the rows of a matrix, a product with ones is several times faster."""
@@ -484,7 +508,11 @@ def _moments(site: Site, found: Arrays, centre: Array) -> Moments:
     unknown = np.full(site.size, np.inf)
     low = found.get(_name(site, "low"), -unknown).astype(np.float64)
     high = found.get(_name(site, "high"), unknown).astype(np.float64)
-    return Moments(count, centre + offset, squares, scatter, low, high)
+    between = found.get(_name(site, "shared"))
+    shared = None if between is None else between.astype(np.float64) - count * np.outer(offset, offset)
+    if shared is not None:
+        shared = 0.5 * (shared + shared.T)
+    return Moments(count, centre + offset, squares, scatter, shared, low, high)
 
 
 def _curvature(site: Site, found: Arrays, centre: Array, samples: int) -> Curvature:

@@ -54,7 +54,7 @@ class Carrier:
 def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | None:
     """The unit, among `channels` of the first site, that makes the best-scaled constant at all `sites`; None if none can."""
     units = sites[0].units[channels]
-    if not all(can_be_constant(scm, creator) for creator in scm.creators_of(units)):
+    if not len(units) or not all(can_be_constant(scm, creator) for creator in scm.creators_of(units)):
         return None
     responses = []
     for site in sites:

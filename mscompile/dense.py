@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from mscompile import data as data_module
 from mscompile.data import InputSpec, Samples, Source
-from mscompile.errors import UnsupportedError
-from mscompile.files import from_proto, load_model
+from mscompile.errors import ResourceError, UnsupportedError
+from mscompile.files import LARGEST, external_tensors, from_proto, load_model, weight_bytes
 from mscompile.inspection import inspect_scm
 from mscompile.options import Options
 from mscompile.passes import CANONICALISE
@@ -34,6 +34,13 @@ class DenseModel:
     sha256: str
     path: Path | None
     specs: tuple[InputSpec, ...]
+    external: tuple[Path, ...] = ()
+    """Files beside the model that its weights lie in."""
+
+    @property
+    def batch(self) -> int | None:
+        """Samples that the model takes at a time; None where that is free."""
+        return next((s.shape[0] for s in self.specs if s.shape and isinstance(s.shape[0], int)), None)
 
     @property
     def sites(self) -> list[Site]:
@@ -61,13 +68,46 @@ def open_dense(model: Model, only: str | None = None, freeze: str | None = None)
     if path is not None:
         loaded, sha256 = load_model(path)
     else:
-        proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+        proto = ir.to_proto(into_memory(model.clone())) if isinstance(model, ir.Model) else model
         loaded = from_proto(proto)  # type: ignore[arg-type]
         sha256 = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()  # type: ignore[union-attr]
     specs = tuple(_specs(loaded))
+    external = tuple(sorted({Path(tensor.path) for tensor in external_tensors(loaded)}))
     CANONICALISE(loaded)
     scm = read_scm(loaded)
-    return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs)
+    return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs, external)
+
+
+def into_memory(model: ir.Model) -> ir.Model:
+    """Read the weights that lie in external files: models are run from memory."""
+    size = weight_bytes(model)
+    if size > LARGEST:
+        raise ResourceError(
+            "the model is too large",
+            where=model.graph.name or "model",
+            why=f"its weights take {size / 2**30:.1f} GiB; models are run from memory, where protobuf ends at 2 GiB",
+            hint="compile a smaller model, or its parts one by one",
+        )
+    return ir.external_data.load_to_model(model)
+
+
+def check_outputs(source: DenseModel) -> None:
+    """Refuse outputs that are not one result per sample, or no numbers.
+
+    Raises
+    ------
+    UnsupportedError
+        There is one.
+    """
+    for value in source.model.graph.outputs:
+        typed = isinstance(value.type, ir.TensorType) and value.dtype != ir.DataType.STRING
+        if not typed or source.scm.shapes.get(value.name or "") == ():
+            raise UnsupportedError(
+                "an output cannot be compared",
+                where=f"output {value.name!r}",
+                why="it is no tensor of numbers" if not typed else "it is a scalar, not one result per sample",
+                hint="export the model without this output",
+            )
 
 
 def _specs(model: ir.Model) -> Iterator[InputSpec]:
@@ -85,8 +125,11 @@ def _specs(model: ir.Model) -> Iterator[InputSpec]:
         yield InputSpec(value.name or "", value.dtype.numpy(), shape)
 
 
-def nothing_to_cut(source: DenseModel) -> str:
+def nothing_to_cut(source: DenseModel, options: Options) -> str:
     """Why no site can be cut, in one sentence."""
+    if selectable(source.scm):
+        patterns = [f"--{name} {text}" for name in ("only", "freeze") if (text := getattr(options, name)) is not None]
+        return f"{' and '.join(patterns)} leave no site that could be"
     inspection = inspect_scm(source.scm)
     reasons = dict.fromkeys(reason for reason in inspection.left_alone.values() if reason)
     listed = "; ".join(list(reasons)[:3]) or "no operator contracts a unit axis with a weight"
@@ -104,9 +147,12 @@ def find_data(source: DenseModel, data: Source | None, options: Options) -> Samp
 
 def generated_inputs(specs: tuple[InputSpec, ...]) -> Samples | None:
     """Standard-normal inputs for checking an exact rewrite, where every input is a float of static shape."""
-    shapes = {spec.name: (16, *spec.shape[1:]) for spec in specs}
-    if any(s.dtype.kind != "f" or isinstance(s.shape[0], int) for s in specs):
+    if not specs or any(s.dtype.kind != "f" or not s.shape for s in specs):
         return None
+    fixed = {s.shape[0] for s in specs if isinstance(s.shape[0], int)} or {16}
+    if len(fixed) > 1:
+        return None
+    shapes = {spec.name: (*fixed, *spec.shape[1:]) for spec in specs}
     if not all(isinstance(d, int) for shape in shapes.values() for d in shape):
         return None
     rng = np.random.default_rng(0)

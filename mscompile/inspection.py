@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.operators import Signature
 from mscompile.plan import refusal
 from mscompile.report import CoverageReport
 from mscompile.scm import FLOATS, Scm, Site, label
@@ -61,6 +62,7 @@ def _coverage(scm: Scm, status: Mapping[int, str], left_alone: Mapping[str, str 
     for slot in scm.slots:
         if len(slot.units):
             slots.setdefault((slot.node, slot.operand), []).append(int(slot.units[0]))
+    reading = {reader.node for site in scm.sites for reader in site.readers}
     seen: set[str] = set()
     for node in scm.model.graph:
         for operand, value in enumerate(node.inputs):
@@ -73,7 +75,9 @@ def _coverage(scm: Scm, status: Mapping[int, str], left_alone: Mapping[str, str 
             best = next((s for s in ("cut", "whole") if s in states), "left alone")
             reason = None
             if best == "left alone":
-                reasons = [str(scm.frozen[u]) if u in scm.frozen else why.get(u, "is read by nothing") for u in units]
+                blind = _blind(scm, node, operand) if node not in reading else None
+                reasons = [blind] if blind else []
+                reasons += [str(scm.frozen[u]) if u in scm.frozen else why.get(u, "is read by nothing") for u in units]
                 barrier = scm.signatures[node]
                 fallback = f"{node.op_type} {label(node)!r} {barrier}" if isinstance(barrier, str) else "carries no units"
                 reason = "; ".join(dict.fromkeys(reasons)) or fallback
@@ -85,6 +89,17 @@ def _coverage(scm: Scm, status: Mapping[int, str], left_alone: Mapping[str, str 
                 status=best,
                 reason=reason,
             )
+
+
+def _blind(scm: Scm, node: ir.Node, operand: int) -> str | None:
+    """Why the columns of a weight meet no units: what it reads comes out of an operator that nothing is known of."""
+    found = scm.signatures[node]
+    if not isinstance(found, Signature) or found.linear is None or found.linear.weight != operand:
+        return None
+    data = node.inputs[found.linear.data]
+    origin = None if data is None else data.producer()
+    barrier = None if origin is None else scm.signatures.get(origin)
+    return f"reads {origin.op_type} {label(origin)!r}, which {barrier}" if origin and isinstance(barrier, str) else None
 
 
 def readers_of(site: Site) -> list[str]:

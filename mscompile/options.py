@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,6 +13,14 @@ from mscompile.plan import Keep
 from mscompile.replacements import REPLACEMENTS
 from mscompile.scores import OBJECTIVES
 from mscompile.verify import Law
+
+
+def _is_pattern(text: str | None) -> bool:
+    try:
+        re.compile(text or "")
+    except re.error:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,14 @@ class Options:
             ("law", self.law in get_args(Law), f"is one of {', '.join(get_args(Law))}"),
             ("metric", self.metric is None or self.metric in METRICS, f"is one of {', '.join(METRICS)}"),
             ("keep", not isinstance(self.keep, float) or 0.0 < self.keep <= 1.0, "is a share in (0, 1]"),
+            (
+                "keep",
+                not isinstance(self.keep, Mapping)
+                or all(0.0 < k <= 1.0 if isinstance(k, float) else k >= 1 for k in self.keep.values()),
+                "gives each site a share in (0, 1] or a number from 1 on",
+            ),
+            ("only", _is_pattern(self.only), "is a regular expression"),
+            ("freeze", _is_pattern(self.freeze), "is a regular expression"),
         )
         for name, holds, rule in checks:
             if not holds:
@@ -86,7 +103,7 @@ class Options:
                     f"option {name} makes no sense",
                     where=f"{name} = {getattr(self, name)!r}",
                     why=f"it {rule}",
-                    hint="see `mscompile --help`",
+                    hint="see `mscompile compile --help`",
                 )
 
     @property

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from mscompile.data import Source
-from mscompile.dense import Model, find_data, nothing_to_cut, open_dense
-from mscompile.errors import GoalError
-from mscompile.files import output_conflict, save_model, staged
+from mscompile.dense import Model, check_outputs, find_data, into_memory, nothing_to_cut, open_dense
+from mscompile.errors import GoalError, UsageError
+from mscompile.files import LEFT_OUT, check_regular, data_file, is_large, output_conflict, save_model, staged
 from mscompile.inspection import Inspection, inspect_scm
 from mscompile.options import Options
 from mscompile.plan import Plan
-from mscompile.report import (
-    Report,
-)
+from mscompile.report import Report
 from mscompile.reporting import build_report, plan_digest
 from mscompile.runtime import Progress, no_progress
 from mscompile.search import Clock, compile_from_data, compile_from_weights
@@ -85,17 +83,33 @@ def compile_model(
     options = options or Options()
     clock = Clock()
     target = None if output is None or dry_run else Path(output)
+    if isinstance(model, str | Path):
+        check_regular(Path(model))
     if target is not None:
-        output_conflict([target, *_beside(target)], force=force)
+        if not target.name:
+            hint = "name a file with -o"
+            raise UsageError("the output cannot be written", where=str(target), why="it names no file", hint=hint)
+        read = [Path(entry) for entry in (model, data) if isinstance(entry, str | Path)]
+        output_conflict([target, *_beside(target)], force=force, inputs=read)
     with clock.time("load"):
         source = open_dense(model, options.only, options.freeze)
+        external = bool(source.external) or is_large(source.model)
+        if target is not None and external:
+            output_conflict([data_file(target)], force=force, inputs=source.external)
+        into_memory(source.model)
+    check_outputs(source)
+    if source.batch is not None:
+        options = replace(options, batch_size=source.batch)
     samples = find_data(source, data, options)
     warnings = list(samples.notes) if samples is not None else []
+    warnings += [f"{kind} in the model will not be in the compiled one" for kind in source.model.meta.get(LEFT_OUT, ())]
+    if "pkg.mscompile.version" in source.model.metadata_props:
+        warnings.append("the model has been compiled before: it is compared with what it is now, not with its origin")
     if not source.groups:
         raise GoalError(
             "nothing in this model can be cut",
             where=str(source.path or "model"),
-            why=nothing_to_cut(source),
+            why=nothing_to_cut(source, options),
             hint="`mscompile inspect MODEL` lists every site and weight with its reason",
         )
     result = (
@@ -108,8 +122,9 @@ def compile_model(
         if on_warning is not None:
             on_warning(warning)
     compiled = _stamp(result.compiled.model, result.plan, source.sha256)
+    _document(compiled, source.model)
     with clock.time("save"):
-        sha256, size = _write_model(compiled, target)
+        sha256, size = _write_model(compiled, target, external=external)
     report = build_report(source, result, samples, options, clock, warnings, command, compiled, target, sha256, size)
     if target is not None:
         plan_path, report_path = _beside(target)
@@ -135,10 +150,17 @@ def _stamp(model: ir.Model, plan: Plan, sha256: str) -> ir.Model:
     return model
 
 
-def _write_model(model: ir.Model, target: Path | None) -> tuple[str | None, int]:
+def _document(compiled: ir.Model, dense: ir.Model) -> None:
+    """Carry over what documents the weights."""
+    for name, value in compiled.graph.initializers.items():
+        origin = dense.graph.initializers.get(name)
+        if isinstance(value.const_value, ir.Tensor) and origin is not None and origin.const_value is not None:
+            value.const_value.doc_string = origin.const_value.doc_string
+            value.const_value.metadata_props.update(origin.const_value.metadata_props)
+
+
+def _write_model(model: ir.Model, target: Path | None, *, external: bool) -> tuple[str | None, int]:
     """Digest and size of the compiled file; None and the size it would have where nothing is written."""
     if target is None:
         return None, ir.to_proto(model).ByteSize()
-    sha256 = save_model(model, target)
-    beside = target.with_name(f"{target.name}.data")
-    return sha256, target.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    return save_model(model, target, external=external)

@@ -61,17 +61,26 @@ class Fit:
 def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
     """Affine map of all retained channels, of least squared error under interchange with swap probability p.
 
-    ``B = (1−p) Σ_PK [q Σ_KK + (1−q) diag Σ_KK]⁻¹`` with ``q = (1−p)² + p²``, and ``μ_P − B μ_K``. p = 0 is least squares,
-    p = 1 the constant.
+    With V = Σ − X, X the covariance between different samples at the same position, which a swapped unit keeps,
+
+        ``B = ((1−p) V_PK + X_PK) [q V_KK + (1−q) diag V_KK + X_KK]⁻¹``,  ``q = (1−p)² + p²``,
+
+    and ``μ_P − B μ_K``. p = 0 is least squares, and without positions p = 1 is the constant.
     """
-    sigma = moments.covariance
-    within = sigma[np.ix_(kept, kept)]
-    both = (1 - swap) ** 2 + swap**2
-    bracket = both * within
-    diagonal = np.diagonal(within)
-    bracket[np.diag_indices_from(bracket)] = diagonal + RIDGE * max(float(diagonal.mean()), TINY)
-    matrix = (1 - swap) * scipy.linalg.solve(bracket, sigma[np.ix_(kept, replaced)], assume_a="pos").T
+    sigma, common = moments.covariance, moments.common
+    bracket = interchanged(sigma, common, swap)[np.ix_(kept, kept)]
+    bracket[np.diag_indices_from(bracket)] += RIDGE * max(float(np.diagonal(bracket).mean()), TINY)
+    cross = ((1 - swap) * sigma + swap * common)[np.ix_(kept, replaced)]
+    matrix = scipy.linalg.solve(bracket, cross, assume_a="pos").T
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
+
+
+def interchanged(sigma: Array, common: Array, swap: float) -> Array:
+    """[channels, channels]: covariance of the channels after each is swapped with probability `swap`."""
+    both = (1 - swap) ** 2 + swap**2
+    mixed = both * sigma + (1 - both) * common
+    mixed[np.diag_indices_from(mixed)] = np.diagonal(sigma)
+    return mixed
 
 
 def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:

@@ -1,12 +1,25 @@
-"""The report: what was done, what it costs, what was proved, and what was left alone. Its JSON Schema is shipped."""
+"""The report: what was done, what it costs, what was proved, and what was left alone.
+
+Its JSON Schema is shipped as ``report.schema.json``; write it again after a change with ``python -m mscompile.report``.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
 from mscompile.sizes import Sizes
 
 SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+Text = Annotated[
+    str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode() if isinstance(text, str) else text)
+]
+"""Text from the file system, where names may hold bytes that are no characters."""
 
 
 class _Section(BaseModel):
@@ -16,19 +29,19 @@ class _Section(BaseModel):
 class FileReport(_Section):
     """A file and its digest."""
 
-    path: str | None
+    path: Text | None
     sha256: str
 
 
 class DataReport(_Section):
     """The data and how it was split: `calibrate` to fit, `choose` to choose among candidates, `certify` to certify."""
 
-    source: str
+    source: Text
     sha256: str
     samples: int
     split: dict[str, int]
     seed: int
-    notes: list[str]
+    notes: list[Text]
 
 
 class SiteReport(_Section):
@@ -113,8 +126,9 @@ class Report(_Section):
 
     schema_version: int = SCHEMA_VERSION
     versions: dict[str, str]
-    command: str
+    command: Text
     goal: str
+    options: dict[str, JsonValue]
     objective: str
     replacement: str
     seed: int
@@ -131,9 +145,14 @@ class Report(_Section):
     fidelity: FidelityReport | None
     candidates: list[CandidateReport]
     timings: dict[str, float]
-    warnings: list[str]
+    warnings: list[Text]
 
 
 def schema() -> dict[str, object]:
     """JSON Schema of the report."""
-    return Report.model_json_schema()
+    described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema(mode="serialization")}
+    return {**described, "title": "Report of mscompile"}
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def build_report(
             macs = count_macs(source.model, shapes), count_macs(compiled, shapes)
             latency = measure_latency(source.model, compiled, probe, batch_size)
             difference = _deployment_difference(compiled, first)
-    dense_bytes = source.path.stat().st_size if source.path is not None else ir.to_proto(source.model).ByteSize()
+    files = (source.path, *source.external) if source.path is not None else ()
+    dense_bytes = sum(file.stat().st_size for file in files) if files else ir.to_proto(source.model).ByteSize()
     dense_params, compiled_params = count_parameters(source.model), count_parameters(compiled)
     inspection = inspect_scm(source.scm, frozenset(site.tensor for site in result.plan.sites))
     return Report(
@@ -70,6 +72,7 @@ def build_report(
         },
         command=command,
         goal=options.goal if samples is not None else "weights only",
+        options={**asdict(options), "keep": dict(keep) if isinstance(keep := options.keep, Mapping) else keep},
         objective=result.plan.objective,
         replacement=result.plan.replacement,
         seed=options.seed,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mscompile.operators import NodeView, Shape, declared
-from mscompile.operators.backward import Backward, Builder
+from mscompile.operators.backward import Backward, Builder, NoRuleError
 from mscompile.scm import Refusal, captured, label
 
 
@@ -41,6 +41,7 @@ class _Pass:
     shapes: Mapping[str, Shape]
     dtype: np.dtype[np.generic]
     wanted: frozenset[ir.Value]
+    declared: Mapping[str, Shape]
     parts: dict[ir.Value, list[ir.Value]] = field(default_factory=dict)
     refused: dict[ir.Value, Refusal] = field(default_factory=dict)
 
@@ -72,7 +73,10 @@ class _Pass:
                 return
             else:
                 view = NodeView(node, self.shapes, self.build.opset)
-                found = row.reverse(Backward(view, self.build, gradients, frozenset(targets), self.dtype))
+                try:
+                    found = row.reverse(Backward(view, self.build, gradients, frozenset(targets), self.dtype, self.declared))
+                except NoRuleError as reason:
+                    found = str(reason)
             if isinstance(found, str):
                 refusal = Refusal(label(node), node.op_type, found)
             else:
@@ -92,6 +96,7 @@ def differentiate(
     *,
     shapes: Mapping[str, Shape],
     dtype: npt.DTypeLike = np.float32,
+    declared: Mapping[str, Shape] | None = None,
 ) -> Gradients:
     """Append the reverse pass of a graph to it.
 
@@ -107,11 +112,15 @@ def differentiate(
         Names of the tensors whose gradients are asked for.
     shapes
         Shapes for a sample batch, as concrete as can be.
+    dtype
+        Element type of seeds and gradients.
+    declared
+        Shapes as the model states them, with names for what varies; a number there spares work that only varying sizes need.
     """
     nodes = [node for node in graph if not (node.name or "").startswith(build.prefix)]
     values = {v.name: v for node in nodes for v in node.outputs}
     wanted = frozenset(_between(nodes, [values[t] for t in tensors], [values[o] for o in seeds]))
-    state = _Pass(build, shapes, np.dtype(dtype), wanted)
+    state = _Pass(build, shapes, np.dtype(dtype), wanted, declared or {})
     for output, seed in seeds.items():
         state.parts.setdefault(values[output], []).append(seed)
     for node in reversed(nodes):

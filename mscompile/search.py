@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
+
+import numpy as np
 
 from mscompile import data as data_module
 from mscompile.calibration import Measure, calibrate
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
-from mscompile.errors import DataError, GoalError
+from mscompile.errors import DataError, GoalError, UnsupportedError
 from mscompile.metrics import METRICS
 from mscompile.operators import IntArray
 from mscompile.options import Options
@@ -27,6 +30,7 @@ from mscompile.report import (
 )
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runtime import Progress
+from mscompile.scm import Site
 from mscompile.scores import OBJECTIVES, Scores, score
 from mscompile.selection import additive_order, joint_order
 from mscompile.sizes import count_parameters
@@ -42,6 +46,8 @@ STRESS: tuple[tuple[Law, float], ...] = tuple((law, p) for law in get_args(Law) 
 """Laws and swap probabilities reported beside the certified ones."""
 FEWEST = 16
 """Samples below which nothing is fitted or certified."""
+OLDEST_INTERVENTION = 9
+"""Opset of the operator Where."""
 PROOF_SAMPLES = 256
 """Samples on which the fold error is measured, at most."""
 
@@ -119,7 +125,15 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
             why=f"{len(samples)} samples; fitting and verifying take at least {FEWEST}",
             hint="give more data; some hundred samples are a good start",
         )
-    parts = dict(zip(SHARES, samples.split(tuple(SHARES.values()), options.seed), strict=True))
+    opset = source.model.opset_imports.get("", OLDEST_INTERVENTION)
+    if opset < OLDEST_INTERVENTION:
+        raise UnsupportedError(
+            "the model's opset is too old for interventions",
+            where=str(source.path or "model"),
+            why=f"it imports opset {opset}; they take the operator Where, which there is from {OLDEST_INTERVENTION} on",
+            hint="convert it with onnx.version_converter, or export it again",
+        )
+    parts = _split(source, samples, options)
     with clock.time("calibrate"):
         statistics = calibrate(
             source.scm,
@@ -129,6 +143,7 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
             measure=_measure(source, options),
             progress=progress,
         )
+        source, warnings = _finite(source, statistics)
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
     _enough(source, statistics, options)
     with clock.time("plan"):
@@ -137,9 +152,55 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
             for group, sites in source.groups.items()
         }
     search = Search(source, statistics, scores, orders, parts, options, clock, progress)
-    if options.keep is not None:
-        return search.fixed(options.keep)
-    return search.smallest()
+    result = search.smallest() if options.keep is None else search.fixed(options.keep)
+    return replace(result, warnings=(*warnings, *result.warnings))
+
+
+def _split(source: DenseModel, samples: Samples, options: Options) -> dict[str, Samples]:
+    """Split as `SHARES` says; where the model takes batches of a fixed size, each part is a multiple of two of them."""
+    parts = dict(zip(SHARES, samples.split(tuple(SHARES.values()), options.seed), strict=True))
+    if source.batch is None:
+        return parts
+    whole = 2 * source.batch  # pairs of batches: interchange meets each sample with another
+    even = {name: part.take(slice(len(part) // whole * whole)) for name, part in parts.items()}
+    for name, part in even.items():
+        if not len(part):
+            needed = math.ceil(whole / SHARES[name])
+            raise DataError(
+                "there are too few samples",
+                where=samples.source,
+                why=f"{len(samples)} samples; with batches of exactly {source.batch} it takes about {needed} to {name}",
+                hint="give more data, or export the model with a symbolic batch dimension",
+            )
+    return even
+
+
+def _finite(source: DenseModel, statistics: Statistics) -> tuple[DenseModel, tuple[str, ...]]:
+    """Leave sites alone where an activation or a reader's weight is NaN or infinite, and say so."""
+    groups: dict[int, list[Site]] = {}
+    warnings: list[str] = []
+    for group, sites in source.groups.items():
+        ill = [site.tensor for site in sites if not _is_finite(site, statistics)]
+        if ill:
+            warnings.append(
+                f"site {ill[0]!r} is left alone: its activations or the weights that read it are NaN or infinite"
+            )
+        else:
+            groups[group] = sites
+    if not groups:
+        raise GoalError(
+            "nothing in this model can be cut",
+            where=str(source.path or "model"),
+            why="activations on the data, or weights, are NaN or infinite at every site",
+            hint="look for NaN and infinities in the model and in its data",
+        )
+    return replace(source, groups=groups), tuple(warnings)
+
+
+def _is_finite(site: Site, statistics: Statistics) -> bool:
+    weights = [reader.weight.const_value for reader in site.readers]
+    arrays = [weight.numpy().astype(np.float64) for weight in weights if weight is not None]
+    return all(np.isfinite(array).all() for array in (statistics.moments[site.tensor].variance, *arrays))
 
 
 def _measure(source: DenseModel, options: Options) -> Measure:
@@ -147,6 +208,7 @@ def _measure(source: DenseModel, options: Options) -> Measure:
     objective = OBJECTIVES[options.objective]
     return Measure(
         covariance=options.replacement != CONSTANT,
+        shared=options.swap > 0 and options.replacement not in (CONSTANT, "affine-parents"),
         windows=options.replacement == WINDOWED,
         extremes=True,
         output=source.output,
@@ -290,7 +352,8 @@ class Search:
                 warnings=("nothing was cut: the goal keeps every unit",),
             )
         interchange = candidate.interchange
-        proof = self.parts["choose"].take(slice(PROOF_SAMPLES))
+        batch = self.source.batch or 1
+        proof = self.parts["choose"].take(slice(max(PROOF_SAMPLES // batch, 1) * batch))
         with self.clock.time("prove"):
             error = fold_error(interchange.pair, candidate.plan, proof, options.batch_size)
         with self.clock.time("check"):

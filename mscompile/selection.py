@@ -23,10 +23,10 @@ import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.operators import IntArray
-from mscompile.replacements import RIDGE, TINY
+from mscompile.replacements import RIDGE, TINY, interchanged
 from mscompile.scm import Site
 from mscompile.scores import Scores, joint_curvature
-from mscompile.statistics import Statistics
+from mscompile.statistics import Moments, Statistics
 
 Array = npt.NDArray[np.float64]
 
@@ -86,7 +86,7 @@ def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> I
     """Units of a group in the order they go by backward elimination; `swap` is that of the affine fit."""
     states = [
         _State(
-            _inverse(statistics.moments[site.tensor].covariance, swap),
+            _inverse(statistics.moments[site.tensor], swap),
             np.array(joint_curvature(site, statistics), order="C"),
             site.units,
             np.ones(site.size, dtype=np.bool_),
@@ -109,13 +109,10 @@ def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> I
     return np.concatenate([*order, left])
 
 
-def _inverse(sigma: Array, swap: float) -> Array:
-    """Inverse of Σ + c diag Σ, ridge included."""
-    both = (1 - swap) ** 2 + swap**2
-    bracket = sigma.copy()
-    diagonal = np.diagonal(sigma)
-    ridge = RIDGE * max(float(diagonal.mean()), TINY)
-    bracket[np.diag_indices_from(bracket)] = diagonal / both + ridge
+def _inverse(moments: Moments, swap: float) -> Array:
+    """Inverse of the interchanged covariance, ridge included."""
+    bracket = interchanged(moments.covariance, moments.common, swap)
+    bracket[np.diag_indices_from(bracket)] += RIDGE * max(float(np.diagonal(bracket).mean()), TINY)
     factor = scipy.linalg.cho_factor(bracket, lower=True, overwrite_a=True)
     inverse: Array = np.ascontiguousarray(scipy.linalg.cho_solve(factor, np.eye(len(bracket))))
     return inverse

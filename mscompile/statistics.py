@@ -28,6 +28,9 @@ class Moments:
         [channels]: sum of squared deviations from the mean.
     scatter
         [channels, channels]: sum of outer products of deviations from the mean; None if not asked for.
+    shared
+        [channels, channels]: like `scatter`, with one factor from another sample at the same position: what all samples have
+        in common there, which an interchange leaves in place. None where there are no positions, or not asked for.
     low, high
         [channels]: range observed; infinite if not asked for.
     """
@@ -36,6 +39,7 @@ class Moments:
     mean: Array
     squares: Array
     scatter: Array | None
+    shared: Array | None
     low: Array
     high: Array
 
@@ -47,6 +51,11 @@ class Moments:
         return self.scatter / self.count
 
     @property
+    def common(self) -> Array:
+        """[channels, channels]: covariance between different samples at the same position."""
+        return np.zeros_like(self.covariance) if self.shared is None else self.shared / self.count
+
+    @property
     def variance(self) -> Array:
         """[channels]."""
         return self.squares / self.count
@@ -56,15 +65,20 @@ class Moments:
         count = self.count + other.count
         shift = other.mean - self.mean
         weight = self.count * other.count / count
-        joint = self.scatter is not None and other.scatter is not None
+        between = np.outer(shift, shift) * weight
         return Moments(
             count,
             self.mean + shift * (other.count / count),
             self.squares + other.squares + shift**2 * weight,
-            self.scatter + other.scatter + np.outer(shift, shift) * weight if joint else None,  # type: ignore[operator]
+            _merged(self.scatter, other.scatter, between),
+            _merged(self.shared, other.shared, between),
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
         )
+
+
+def _merged(a: Array | None, b: Array | None, between: Array) -> Array | None:
+    return None if a is None or b is None else a + b + between
 
 
 @dataclass(frozen=True)
@@ -154,17 +168,21 @@ class WindowMoments:
         Windows observed.
     products
         [features, features]: sum of z zᵀ.
+    shared
+        [features, features]: the same with one factor from another sample's window at the same place; None if not asked for.
     """
 
     window: Window
     centre: Array
     count: int
     products: Array
+    shared: Array | None
 
     def __add__(self, other: WindowMoments) -> WindowMoments:
         """Moments over both; `other` is brought to the same centre."""
         moved = other.recentred(self.centre)
-        return WindowMoments(self.window, self.centre, self.count + other.count, self.products + moved.products)
+        shared = None if self.shared is None or moved.shared is None else self.shared + moved.shared
+        return WindowMoments(self.window, self.centre, self.count + other.count, self.products + moved.products, shared)
 
     def recentred(self, centre: Array) -> WindowMoments:
         """The same moments about another centre: each channel's features change by a multiple of the marks."""
@@ -174,7 +192,8 @@ class WindowMoments:
         marks = np.tile(np.arange(self.window.marks), self.window.channels * self.window.taps // self.window.marks)
         change = np.eye(self.window.features)
         change[np.arange(len(shift)), len(shift) + marks] = shift
-        return WindowMoments(self.window, centre, self.count, change @ self.products @ change.T)
+        shared = None if self.shared is None else change @ self.shared @ change.T
+        return WindowMoments(self.window, centre, self.count, change @ self.products @ change.T, shared)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ channel from the retained ones at the same position alone wastes what stands bes
 z — channel k at tap t — and is linear in it, so least squares over the window is affine replacement once more, with features
 in place of channels: from the features' second moments alone,
 
-    W' = W_K + W_P B,    B = (1−p) M_PK [q M_KK + (1−q) M_KK|same unit]⁻¹,
+    W' = W_K + W_P B,    B = ((1−p) M_PK + p X_PK) [q M_KK + (1−q) X_KK, M_KK within a unit]⁻¹,
 
-for interchange with swap probability p, q = (1−p)² + p²: a unit is swapped at all its taps together, so that products of
-its own taps stay whole. Zero padding is part of the features: each tap has a further feature that is 1 inside the map and 0
-in the padding, whose weights become those of a carrier channel (see `mscompile.constants`), and borders are exact.
+for interchange with swap probability p, q = (1−p)² + p², X the moments between different samples at the same place: a unit
+is swapped at all its taps together, so that products of its own taps stay whole. Zero padding is part of the features: each
+tap has a further feature that is 1 inside the map and 0 in the padding, whose weights become those of a carrier channel (see
+`mscompile.constants`), and borders are exact.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FEATURES = 4096
 """Features up to which a reader is fitted by its window: their second moments take 128 MB, their solution seconds."""
 OLDEST = 11
 """Opset from which padding and slicing take operands."""
-ROWS_PER_FEATURE = 24
+ROWS_PER_FEATURE = 48
 """Windows observed per feature that are aimed at; a map has many more, alike among neighbours, and they are thinned."""
 
 
@@ -108,16 +109,17 @@ def fit_window(moments: WindowMoments, weight: Array, kept: IntArray, replaced: 
         Interchange probability p.
     """
     window, m = moments.window, moments.products / moments.count
+    x = m if moments.shared is None else 0.5 * (moments.shared + moments.shared.T) / moments.count
     taps, both = window.taps, (1 - swap) ** 2 + swap**2
     spots = np.arange(window.channels * taps).reshape(window.channels, taps)
     k, p = spots[kept].ravel(), spots[replaced].ravel()
     marks = np.arange(window.channels * taps, window.features)
-    within = both * m[np.ix_(k, k)]
+    within = both * m[np.ix_(k, k)] + (1 - both) * x[np.ix_(k, k)]
     for i in range(len(kept)):  # a unit's taps are swapped together
-        block = slice(i * taps, (i + 1) * taps)
-        within[block, block] /= both
+        own = slice(i * taps, (i + 1) * taps)
+        within[own, own] = m[np.ix_(k[own], k[own])]
     h = np.block([[within, m[np.ix_(k, marks)]], [m[np.ix_(marks, k)], m[np.ix_(marks, marks)]]])
-    cross = np.hstack([(1 - swap) * m[np.ix_(p, k)], m[np.ix_(p, marks)]])
+    cross = np.hstack([((1 - swap) * m + swap * x)[np.ix_(p, k)], m[np.ix_(p, marks)]])
     flat = weight.reshape(-1, weight.shape[2])
     spread = float(np.diagonal(m)[: window.channels * taps].mean())
     ridge = np.full(len(h), RIDGE * max(spread, TINY))
@@ -139,7 +141,7 @@ def _through_marks(window: Window, centre: Array, weight: Array) -> Array:
 
 
 def features(build: Builder, window: Window, centred: ir.Value, thin: int, offset: ir.Value | None) -> ir.Value:
-    """[windows, features] of a batch, as nodes.
+    """[samples, positions …, features] of a batch, as nodes.
 
     Parameters
     ----------
@@ -170,10 +172,9 @@ def features(build: Builder, window: Window, centred: ir.Value, thin: int, offse
     seen = build.op("Conv", padded, filters, group=channels, strides=[thin * s for s in window.strides],
                     dilations=list(window.dilations))  # fmt: skip
     rows = build.op("Transpose", seen, perm=[0, *range(2, 2 + rank), 1])
-    flat = build.op("Reshape", rows, build.integers([-1, channels * window.taps]))
     if window.marks == window.taps:
-        return flat
-    return build.op("Slice", flat, build.integers([0]), build.integers([window.features]), build.integers([1]))
+        return rows
+    return build.op("Slice", rows, build.integers([0]), build.integers([window.features]), build.integers([-1]))
 
 
 def _rows_of(build: Builder, matrix: ir.Value) -> ir.Value:

@@ -16,6 +16,31 @@ from mscompile.operators import is_parameter
 
 
 @dataclass(frozen=True)
+class RemoveIdentities(ir.passes.InPlacePass):
+    """Users of an Identity use its input. Where it makes a model output, that name goes to its input, if it is free to.
+
+    onnx-ir's own pass of this kind takes away the name of an output that is passed on as another one.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        modified = False
+        for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+            source = node.inputs[0] if node.op_type == "Identity" and node.domain in ("", "ai.onnx") else None
+            if source is None or node.graph is None:
+                continue
+            target, producer = node.outputs[0], source.producer()
+            if target.is_graph_output():
+                if source.is_graph_output() or producer is None or producer.graph is not node.graph:
+                    continue
+                source.name, source.shape, source.type = target.name, target.shape or source.shape, target.type
+            ir.convenience.replace_all_uses_with(target, source, replace_graph_outputs=True)
+            node.graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+@dataclass(frozen=True)
 class FoldWeightTranspose(ir.passes.InPlacePass):
     """``Transpose(weight)`` becomes a stored weight: the readers' axis signatures want weights at hand."""
 
@@ -45,7 +70,7 @@ class FoldWeightTranspose(ir.passes.InPlacePass):
 CANONICALISE = ir.passes.Sequential(
     common.TopologicalSortPass(),
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-    common.IdentityEliminationPass(),
+    RemoveIdentities(),
     FoldWeightTranspose(),
     common.RemoveUnusedNodesPass(),
 )

@@ -64,6 +64,10 @@ def unread_units(scm: Scm) -> IntArray:
             # Behind a Carry node the weight has one column more, which is no unit's.
             weight = np.moveaxis(array_of(reader.weight), reader.axis, 0)[: len(reader.units)]
             read.update(reader.units[weight.reshape(len(weight), -1).any(axis=1)].tolist())
+    for node in scm.model.graph:
+        if node.domain == DIALECT and node.op_type == "Replace":  # reads retained units on behalf of the others
+            seen = scm.axes.get((node.outputs[0].name or "", node.attributes["axis"].as_int()))
+            read.update(() if seen is None else seen.tolist())
     return np.array(sorted(every - read - set(scm.frozen)), dtype=np.int64)
 
 

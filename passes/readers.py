@@ -9,12 +9,19 @@ from mscompile.operators import DIALECT, Linear, Signature, is_parameter
 from mscompile.scm import Reader, Scm
 
 
-def add_parameter(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-    """Store an array as an initializer under `name`, or `name` with a number where that is taken."""
-    taken, unique, number = set(graph.initializers) | {v.name for node in graph for v in node.outputs}, name, 0
+def free_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or `name` with a number where that is taken."""
+    taken, unique, number = {v.name for v in (*graph.inputs, *graph.initializers.values())}, name, 0
+    taken.update(v.name for node in graph for v in node.outputs)
     while unique in taken:
         number += 1
         unique = f"{name}.{number}"
+    return unique
+
+
+def add_parameter(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """Store an array as an initializer under `name`, numbered where that is taken."""
+    unique = free_name(graph, name)
     tensor = ir.tensor(array, dtype=dtype, name=unique)
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
@@ -132,12 +139,12 @@ def add_bias(graph: ir.Graph, node: ir.Node, linear: Linear, shift: np.ndarray, 
         use, operand = adder
         owned(graph, use, operand, array_of(use.inputs[operand]).astype(np.float64) + shaped)
         return
-    total = ir.Value(name=None, shape=output.shape, type=output.type)
+    # The sum takes the name: it is what other nodes, callers and interventions know by it.
+    total = ir.Value(name=output.name, shape=output.shape, type=output.type)
     stored = add_parameter(graph, f"{output.name}.bias", shaped.astype(dtype.numpy()), dtype)
+    output.name = free_name(graph, f"{output.name}.unbiased")
     addition = ir.node("Add", [output, stored], outputs=[total])
-    if output.is_graph_output():
-        total.name, output.name = output.name, f"{output.name}.unbiased"
-        graph.outputs[:] = [total if value is output else value for value in graph.outputs]
+    graph.outputs[:] = [total if value is output else value for value in graph.outputs]
     for use, operand in list(output.uses()):
         if use is not addition:
             use.replace_input_with(operand, total)

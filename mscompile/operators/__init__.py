@@ -29,10 +29,11 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mscompile.operators import elementwise, movement, positions, products
+from mscompile.operators import elementwise, microsoft, movement, positions, products, selection
 from mscompile.operators.axes import (
     DIALECT,
     OUT,
+    Barrier,
     Declaration,
     Dim,
     IntArray,
@@ -51,6 +52,7 @@ __all__ = [
     "DIALECT",
     "OPERATORS",
     "OUT",
+    "Barrier",
     "Declaration",
     "Dim",
     "IntArray",
@@ -67,9 +69,8 @@ __all__ = [
     "signature",
 ]
 
-OPERATORS: Mapping[tuple[str, str], Operator] = {
-    (row.domain, row.name): row for module in (elementwise, products, positions, movement) for row in module.ROWS
-}
+_FAMILIES = (elementwise, products, positions, movement, selection, microsoft)
+OPERATORS: Mapping[tuple[str, str], Operator] = {(row.domain, row.name): row for module in _FAMILIES for row in module.ROWS}
 
 
 def declared(node: ir.Node) -> Operator | None:

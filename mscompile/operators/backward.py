@@ -90,6 +90,10 @@ class Builder:
         """Insert axes of size 1; `axes` are those of the result."""
         return self.over("Unsqueeze", value, axes) if axes else value
 
+    def squeeze(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """Remove axes of size 1."""
+        return self.over("Squeeze", value, axes)
+
     def size(self, value: ir.Value, axis: int) -> ir.Value:
         """Size of an axis when the graph runs: int64 [1]."""
         return self.op("Gather", self.op("Shape", value), self.integers([axis]), axis=0)

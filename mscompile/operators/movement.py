@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 
-from mscompile.operators.axes import OUT, Move, NodeView, Operator, Port, Shape, Signature, Size
+from mscompile.operators.axes import OUT, Barrier, Move, NodeView, Operator, Port, Shape, Signature, Size
+from mscompile.operators.backward import Backward
 
 
 def transpose(node: NodeView) -> Signature | str:
@@ -87,9 +89,59 @@ def _volume(shape: Shape, axes: Sequence[int]) -> int | None:
     return math.prod(dims) if all(isinstance(d, int) for d in dims) else None  # type: ignore[arg-type]
 
 
+# -- reverse --
+
+
+def transpose_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The inverse permutation; that of reversing all axes is itself."""
+    perm: Sequence[int] | None = b.view.attribute("perm", None)
+    if perm is None:
+        return {0: b.op("Transpose", b.gradient)}
+    return {0: b.op("Transpose", b.gradient, perm=np.argsort(perm).tolist())}
+
+
+def regroup_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """Back to the shape of the input."""
+    return {0: b.like(b.gradient, 0)}
+
+
+def expand_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The sum over what was repeated."""
+    return {0: b.unbroadcast(b.gradient, 0)}
+
+
+def tile_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The sum over the copies, which come before the elements on each axis."""
+    rank = b.rank(0)
+    both = b.op("Concat", b.input(1), b.op("Shape", b.input(0)), axis=0)
+    pairs = b.op("Transpose", b.op("Reshape", both, b.build.integers([2, rank])), perm=[1, 0])
+    parted = b.op("Reshape", b.gradient, b.op("Reshape", pairs, b.build.integers([-1])))
+    return {0: b.build.reduce("ReduceSum", parted, range(0, 2 * rank, 2), keepdims=False)}
+
+
+def depth_to_space_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """SpaceToDepth; where the block comes after the channel, with the channels put in that order."""
+    block = int(b.view.attribute("blocksize", 1))
+    found = b.op("SpaceToDepth", b.gradient, blocksize=block)
+    if b.view.attribute("mode", "DCR") == "CRD":
+        (channels,) = b.sizes(0, [1])
+        order = np.arange(channels).reshape(block * block, -1).T.ravel()
+        found = b.op("Gather", found, b.build.integers(order.tolist()), axis=1)
+    return {0: found}
+
+
+def space_to_depth_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """DepthToSpace."""
+    return {0: b.op("DepthToSpace", b.gradient, blocksize=b.view.attribute("blocksize", 1))}
+
+
 ROWS = (
-    Operator("Transpose", transpose),
-    Operator("Reshape", reshape),
-    Operator("Squeeze", squeeze),
-    *(Operator(name, regroup) for name in ("Flatten", "Unsqueeze")),
+    Operator("Transpose", transpose, reverse=transpose_reverse),
+    Operator("Reshape", reshape, reverse=regroup_reverse),
+    Operator("Squeeze", squeeze, reverse=regroup_reverse),
+    *(Operator(name, regroup, reverse=regroup_reverse) for name in ("Flatten", "Unsqueeze")),
+    Operator("Expand", Barrier("repeats values"), reverse=expand_reverse),
+    Operator("Tile", Barrier("repeats values"), reverse=tile_reverse),
+    Operator("DepthToSpace", Barrier("moves channels to positions"), reverse=depth_to_space_reverse),
+    Operator("SpaceToDepth", Barrier("moves positions to channels"), reverse=space_to_depth_reverse),
 )

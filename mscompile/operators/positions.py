@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from mscompile.operators.axes import OUT, NodeView, Operator, Signature
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import onnx_ir as ir
+
+from mscompile.operators.axes import OUT, Barrier, NodeView, Operator, Signature
+from mscompile.operators.backward import Backward, Reverse, Term, nothing
+from mscompile.operators.sliding import Slide, slides
 
 
 def batch_normalisation(node: NodeView) -> Signature | str:
@@ -34,11 +44,8 @@ def pooling(node: NodeView) -> Signature | str:
     return Signature((((0, 0), (OUT, 0)), ((0, 1), (OUT, 1))), steady=not (uneven or ceil), mixes="pools over this axis")
 
 
-def reduction(node: NodeView) -> Signature | str:
-    """Reduces some axes and keeps the others (mean over positions)."""
-    rank = node.rank(0)
-    if rank is None:
-        return "its input has no known rank"
+def reduced_axes(node: NodeView, rank: int) -> list[int] | str:
+    """Axes that a reduction reduces, in order."""
     axes = node.attribute("axes", None)
     if axes is None:
         given = node.constant(1)
@@ -47,20 +54,35 @@ def reduction(node: NodeView) -> Signature | str:
         axes = given.tolist() if given is not None else []
     if not axes and not node.attribute("noop_with_empty_axes", 0):
         axes = list(range(rank))
-    reduced = {int(a) % rank for a in axes}
+    return sorted({int(a) % rank for a in axes})
+
+
+def reduction(node: NodeView) -> Signature | str:
+    """Reduces some axes and keeps the others (mean over positions)."""
+    rank = node.rank(0)
+    if rank is None:
+        return "its input has no known rank"
+    reduced = reduced_axes(node, rank)
+    if isinstance(reduced, str):
+        return reduced
     keepdims = bool(node.attribute("keepdims", 1))
     kept = [a for a in range(rank) if a not in reduced]
     targets = kept if keepdims else range(len(kept))
     return Signature(tuple(((0, a), (OUT, t)) for a, t in zip(kept, targets, strict=True)), mixes="reduces over this axis")
 
 
+def normalised_axes(node: NodeView, rank: int) -> Sequence[int]:
+    """Axes that a softmax normalises over: `axis`; before opset 13 every axis behind it as well, with another default."""
+    axis = node.attribute("axis", -1 if node.opset >= 13 else 1) % rank
+    return (axis,) if node.opset >= 13 else range(axis, rank)
+
+
 def softmax(node: NodeView) -> Signature | str:
-    """Normalises over `axis`; before opset 13 over every axis behind it as well, with another default."""
+    """Normalises over some axes; the others pass."""
     rank = node.rank(0)
     if rank is None:
         return "its input has no known rank"
-    axis = node.attribute("axis", -1 if node.opset >= 13 else 1) % rank
-    over = (axis,) if node.opset >= 13 else range(axis, rank)
+    over = normalised_axes(node, rank)
     links = tuple(((0, a), (OUT, a)) for a in range(rank) if a not in over)
     return Signature(links, mixes="normalises across this axis")
 
@@ -79,14 +101,265 @@ def layer_normalisation(node: NodeView) -> Signature | str:
     return Signature(tuple(links), mixes="normalises across this axis")
 
 
-_REDUCTIONS = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceProd ReduceLogSumExp"
+# -- reverse: pooling --
 
+
+def max_pool_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """The gradient, to the first of the largest elements of each window."""
+    windows = slides(b, b.view.attribute("kernel_shape", ()))
+    tiles = all(
+        w.kernel == w.stride and w.dilation == 1 and w.low == w.high == 0 and isinstance(n, int) and n % w.kernel == 0
+        for n, w in zip(b.shape(0)[2:], windows, strict=True)
+    )
+    if tiles and b.opset >= 11:
+        return {0: _untile(b, [w.kernel for w in windows])}
+    if b.opset < 8:
+        return "cannot say where its largest elements are, in an opset before 8"
+    given = {name: a.value for name, a in b.view.node.attributes.items() if name != "storage_order"}
+    _, places = b.build.ops("MaxPool", b.input(0), outputs=2, **given)
+    if b.opset >= 16:
+        flat = b.build.integers([-1])
+        parts = [b.op("Reshape", value, flat) for value in (b.zeros(b.input(0)), places, b.gradient)]
+        return {0: b.like(b.op("ScatterElements", *parts, axis=0, reduction="add"), 0)}
+    return _unpool(b, windows, places)
+
+
+def _untile(b: Backward, kernel: Sequence[int]) -> ir.Value:
+    """For windows side by side, what pooling with indices would give, from operators that run many times faster.
+
+    The elements equal to the largest one of their window are numbered downwards; the one with the largest number is first.
+    """
+    zeros, factors = [0.0] * (2 + len(kernel)), [1.0, 1.0, *map(float, kernel)]
+
+    def enlarge(value: ir.Value) -> ir.Value:
+        scales = b.build.constant(factors, np.float32)
+        none = b.build.constant(zeros[:0], np.float32)
+        how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        return b.op("Resize", value, none, scales, **how)
+
+    numbers = np.arange(math.prod(kernel), 0, -1).reshape(1, 1, *kernel)
+    places = b.op("Gather", b.op("Shape", b.output()), b.build.integers(list(range(2, 2 + len(kernel)))), axis=0)
+    repeats = b.op("Concat", b.build.integers([1, 1]), places, axis=0)
+    order = b.op("Tile", b.build.constant(numbers, b.dtype), repeats)
+    largest = b.op("Mul", b.number(b.op("Equal", b.input(0), enlarge(b.output()))), order)
+    first = b.op("MaxPool", largest, kernel_shape=kernel, strides=kernel)
+    chosen = b.number(b.op("Equal", largest, enlarge(first)))
+    return b.op("Mul", enlarge(b.gradient), chosen)
+
+
+def _unpool(b: Backward, windows: Sequence[Slide], places: ir.Value) -> Mapping[int, ir.Value] | str:
+    """Without an operator that adds what goes to one place: at a time the windows that are too far apart to overlap."""
+    apart = [-(-w.extent // w.stride) for w in windows]
+    if b.opset < 10 and max(apart) > 1:
+        return "has windows that overlap, in an opset before 10"
+    ones, axes = [1] * len(windows), b.build.integers(list(range(2, 2 + len(windows))))
+    end = b.build.integers([np.iinfo(np.int64).max] * len(windows))
+    parts = []
+    for start in product(*map(range, apart)):
+        part = [b.gradient, places]
+        if max(apart) > 1:
+            part = [b.op("Slice", v, b.build.integers(start), end, axes, b.build.integers(apart)) for v in part]
+        shape = b.op("Shape", b.input(0))
+        parts.append(b.op("MaxUnpool", *part, shape, kernel_shape=ones, strides=ones))
+    return {0: b.op("Sum", *parts)}
+
+
+def average_pool_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The average is linear along each axis; its matrix there is what it makes of the identity."""
+    rank, gradient = b.rank(0), b.gradient
+    windows = slides(b, b.view.attribute("kernel_shape", ()))
+    same = {name: b.view.attribute(name, 0) for name in ("ceil_mode", "count_include_pad") if name in b.view.node.attributes}
+    for axis, w in enumerate(windows, start=2):
+        if (w.kernel, w.stride, w.low, w.high) == (1, 1, 0, 0):
+            continue
+        more = same | ({"dilations": [w.dilation]} if w.dilation > 1 else {})
+        unit = b.build.unsqueeze(b.identity(0, axis), [0])
+        mean = b.op("AveragePool", unit, kernel_shape=[w.kernel], strides=[w.stride], pads=[w.low, w.high], **more)
+        gradient = b.build.contract(gradient, axis, rank, b.build.squeeze(mean, [0]))
+    return {0: gradient}
+
+
+# -- reverse: reductions --
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A reduction on the way back: arriving gradient and output with the reduced axes kept, as axes of size 1."""
+
+    b: Backward
+    g: Term
+    y: Term
+    axes: list[int]
+
+    @property
+    def count(self) -> Term | float:
+        """Number of elements reduced to one."""
+        sizes = [self.b.fixed(0, a) for a in self.axes]
+        if None not in sizes:
+            return float(math.prod(n for n in sizes if n is not None))
+        whole, part = (self.b.op("Size", v) for v in (self.b.input(0), self.b.output()))
+        return Term(self.b, self.b.number(self.b.op("Div", whole, part)))
+
+    def spread(self, term: Term) -> Term:
+        """Broadcast to the shape of the input."""
+        return Term(self.b, self.b.spread(term.value, 0))
+
+    def shared(self, beyond: str) -> Term:
+        """The gradient, shared by the elements that are not `beyond` the output."""
+        b = self.b
+        same = Term(b, b.number(b.op("Not", b.op(beyond, b.input(0), self.y.value))))
+        return self.g / same.over("ReduceSum", self.axes) * same
+
+    def product(self) -> Term:
+        """The gradient times the product of the other elements, zeros among them or not."""
+        b, one = self.b, self.b.scalar(1.0)
+        null = b.op("Equal", b.input(0), b.scalar(0.0))
+        nulls = Term(b, b.number(null))
+        rest = Term(b, b.op("Where", null, one, b.input(0)))
+        others = (nulls.over("ReduceSum", self.axes) - nulls).positive()
+        return self.g * (rest.over("ReduceProd", self.axes) / rest) * (1.0 - others)
+
+
+REDUCTIONS: Mapping[str, Callable[[Reduced], Term]] = {
+    "ReduceSum": lambda r: r.spread(r.g),
+    "ReduceMean": lambda r: r.spread(r.g / r.count),
+    "ReduceMax": lambda r: r.shared("Less"),
+    "ReduceMin": lambda r: r.shared("Greater"),
+    "ReduceProd": lambda r: r.product(),
+    "ReduceL1": lambda r: r.g * r.b.x.of("Sign"),
+    "ReduceL2": lambda r: r.g / r.y.of("Max", 1e-30) * r.b.x,
+    "ReduceSumSquare": lambda r: 2.0 * r.g * r.b.x,
+    "ReduceLogSum": lambda r: r.g / r.y.of("Exp"),
+    "ReduceLogSumExp": lambda r: r.g * (r.b.x - r.y).of("Exp"),
+}
+"""Gradient of the input."""
+
+
+def reduction_reverse(formula: Callable[[Reduced], Term], *, pooled: bool = False) -> Reverse:
+    """Rule of a reduction; of the spatial axes, if it is `pooled`."""
+
+    def rule(b: Backward) -> Mapping[int, ir.Value] | str:
+        rank = b.rank(0)
+        axes = list(range(2, rank)) if pooled else reduced_axes(b.view, rank)
+        if isinstance(axes, str):
+            return axes
+        if not axes:
+            return "reduces no axis"
+        gone = [] if b.view.attribute("keepdims", 1) else axes
+        g, y = (Term(b, b.build.unsqueeze(value, gone)) for value in (b.gradient, b.output()))
+        return {0: formula(Reduced(b, g, y, axes)).value}
+
+    return rule
+
+
+# -- reverse: normalisation --
+
+
+def softmax_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """``y (g - Σ y g)``."""
+    weighted = (b.g * b.y).over("ReduceSum", normalised_axes(b.view, b.rank(0)))
+    return {0: (b.y * (b.g - weighted)).value}
+
+
+def log_softmax_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """``g - eʸ Σ g``."""
+    return {0: (b.g - b.y.of("Exp") * b.g.over("ReduceSum", normalised_axes(b.view, b.rank(0)))).value}
+
+
+def only_data(rule: Callable[[Backward], Term]) -> Reverse:
+    """Rule of an operator whose other operands are parameters."""
+    return lambda b: {0: rule(b).value} if b.wanted == {0} else "computes its parameters"
+
+
+def batch_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """``scale / √(variance + ε)``, per channel."""
+    refused = batch_normalisation(b.view)
+    if isinstance(refused, str) or not b.view.attribute("spatial", 1):
+        return refused if isinstance(refused, str) else "normalises each position by itself"
+    if b.wanted != {0}:
+        return "computes its parameters"
+    factor = b.of(1) / (b.of(4) + b.view.attribute("epsilon", 1e-5)).of("Sqrt")
+    shaped = b.op("Reshape", factor.value, b.build.integers([-1] + [1] * (b.rank(0) - 2)))
+    return {0: b.op("Mul", b.gradient, shaped)}
+
+
+def standard(x: Term, axes: Sequence[int], epsilon: float) -> tuple[Term, Term]:
+    """Standardised values and the factor that made them."""
+    centred = x - x.over("ReduceMean", axes)
+    factor = 1.0 / ((centred * centred).over("ReduceMean", axes) + epsilon).of("Sqrt")
+    return centred * factor, factor
+
+
+def standard_reverse(g: Term, normal: Term, factor: Term, axes: Sequence[int]) -> Term:
+    """Back through standardisation: what changes mean or spread is taken out of the gradient."""
+    kept = g - normal * (g * normal).over("ReduceMean", axes)
+    return (kept - kept.over("ReduceMean", axes)) * factor
+
+
+def layer_normalisation_terms(b: Backward, g: Term, x: Term, scale: Term, epsilon: float, axis: int) -> Term:
+    """Gradient of the input `x` of a layer normalisation at whose output `g` arrives."""
+    axes = list(range(axis, b.rank(0)))
+    if b.opset >= 17 and b.dtype == np.float32:  # the operator is faster than its parts
+        ones = b.op("Expand", b.scalar(1.0), b.op("Shape", scale.value))
+        found = b.build.ops("LayerNormalization", x.value, ones, outputs=3, axis=axis, epsilon=epsilon)
+        normal, _, factor = (Term(b, value) for value in found)
+    else:
+        normal, factor = standard(x, axes, epsilon)
+    return standard_reverse(g * scale, normal, factor, axes)
+
+
+def layer_normalisation_reverse(b: Backward) -> Term:
+    """With its own scale."""
+    axis = b.view.attribute("axis", -1) % b.rank(0)
+    return layer_normalisation_terms(b, b.g, b.x, b.of(1), b.view.attribute("epsilon", 1e-5), axis)
+
+
+def rms_normalisation_reverse(b: Backward) -> Term:
+    """The same, where nothing is centred."""
+    axes = list(range(b.view.attribute("axis", -1) % b.rank(0), b.rank(0)))
+    factor = 1.0 / ((b.x * b.x).over("ReduceMean", axes) + b.view.attribute("epsilon", 1e-5)).of("Sqrt")
+    normal, g = b.x * factor, b.g * b.of(1)
+    return (g - normal * (g * normal).over("ReduceMean", axes)) * factor
+
+
+def group_normalisation_reverse(b: Backward) -> Term:
+    """Standardised group by group; scales are per channel, before opset 21 of GroupNormalization per group."""
+    rank = b.rank(0)
+    groups = b.view.attribute("num_groups", 0)  # 0 in a target shape: as many as channels
+    rows = b.build.integers([0, groups, -1])
+    per_group = groups and b.opset < 21
+    column = b.build.integers([-1] + [1] * (1 if per_group else rank - 2))
+    scale = Term(b, b.op("Reshape", b.input(1), column))
+    g = b.g if per_group else b.g * scale
+    g, x = (Term(b, b.op("Reshape", term.value, rows)) for term in (g, b.x))
+    normal, factor = standard(x, [2], b.view.attribute("epsilon", 1e-5))
+    return Term(b, b.like(standard_reverse(g * scale if per_group else g, normal, factor, [2]).value, 0))
+
+
+def lp_normalisation_reverse(b: Backward) -> Term:
+    """Takes out of the gradient what changes the norm."""
+    axes, power = [b.view.attribute("axis", -1) % b.rank(0)], b.view.attribute("p", 2)
+    along = b.y if power == 2 else b.x.of("Sign")
+    return (b.g - along * (b.g * b.y).over("ReduceSum", axes)) / b.x.over(f"ReduceL{power}", axes)
+
+
+_REDUCTIONS = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceProd ReduceLogSumExp"
+_CHOICES = "ArgMax ArgMin Hardmax"
 
 ROWS = (
-    *(Operator(name, reduction) for name in _REDUCTIONS.split()),
-    *(Operator(name, pooling) for name in ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")),
-    Operator("BatchNormalization", batch_normalisation),
-    Operator("InstanceNormalization", instance_normalisation),
-    *(Operator(name, softmax) for name in ("Softmax", "LogSoftmax")),
-    *(Operator(name, layer_normalisation) for name in ("LayerNormalization", "RMSNormalization")),
+    *(Operator(name, reduction, reverse=reduction_reverse(REDUCTIONS[name])) for name in _REDUCTIONS.split()),
+    Operator("ReduceLogSum", Barrier(), reverse=reduction_reverse(REDUCTIONS["ReduceLogSum"])),
+    *(Operator(name, Barrier("chooses by size"), reverse=nothing) for name in _CHOICES.split()),
+    Operator("MaxPool", pooling, reverse=max_pool_reverse),
+    Operator("AveragePool", pooling, reverse=average_pool_reverse),
+    Operator("GlobalMaxPool", pooling, reverse=reduction_reverse(REDUCTIONS["ReduceMax"], pooled=True)),
+    Operator("GlobalAveragePool", pooling, reverse=reduction_reverse(REDUCTIONS["ReduceMean"], pooled=True)),
+    Operator("BatchNormalization", batch_normalisation, reverse=batch_normalisation_reverse),
+    Operator("InstanceNormalization", instance_normalisation, reverse=only_data(group_normalisation_reverse)),
+    Operator("GroupNormalization", Barrier("normalises in groups"), reverse=only_data(group_normalisation_reverse)),
+    Operator("LayerNormalization", layer_normalisation, reverse=only_data(layer_normalisation_reverse)),
+    Operator("RMSNormalization", layer_normalisation, reverse=only_data(rms_normalisation_reverse)),
+    Operator("LpNormalization", Barrier("normalises across an axis"), reverse=only_data(lp_normalisation_reverse)),
+    Operator("Softmax", softmax, reverse=softmax_reverse),
+    Operator("LogSoftmax", softmax, reverse=log_softmax_reverse),
 )

@@ -1,0 +1,245 @@
+"""Operators that select, join, pad or resample along axes, and those that only speak of shapes and places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from mscompile.operators.axes import OUT, Barrier, Operator
+from mscompile.operators.backward import Backward, nothing
+
+# -- reverse: joining and parting --
+
+
+def concat_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The part that each operand has become."""
+    axis, operands = b.view.attribute("axis", 0) % b.rank(OUT), range(len(b.view.node.inputs))
+    if len(operands) == 1:
+        return {0: b.gradient}
+    if b.opset >= 13:
+        sizes = b.op("Concat", *(b.build.size(b.input(i), axis) for i in operands), axis=0)
+        parts = b.build.ops("Split", b.gradient, sizes, outputs=len(operands), axis=axis)
+    else:
+        split = [b.sizes(i, [axis])[0] for i in operands]
+        parts = b.build.ops("Split", b.gradient, outputs=len(operands), axis=axis, split=split)
+    return {i: parts[i] for i in b.wanted}
+
+
+def split_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The gradients of the parts, zeros where there is none."""
+    parts = [b.zeros(b.output(i)) if gradient is None else gradient for i, gradient in enumerate(b.gradients)]
+    return {0: b.op("Concat", *parts, axis=b.view.attribute("axis", 0))}
+
+
+# -- reverse: taking --
+
+
+def slice_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """Zeros around the part; where it was taken in steps or from computed places, between its elements as well."""
+    if b.opset < 11:
+        return "takes a part, in an opset before 11"
+    starts, axes = b.view.constant(1), b.view.constant(3)
+    if axes is None and b.view.value(3) is not None:
+        return "computes its axes"
+    steps = np.ones(1) if b.view.value(4) is None else b.view.constant(4)
+    rank = b.rank(0)
+    over = list(range(b.sizes(1, [0])[0])) if axes is None else [int(a) % rank for a in axes.tolist()]
+    if starts is not None and steps is not None and np.all(steps == 1):
+        first = dict(zip(over, starts.tolist(), strict=True))
+        return {0: _surround(b, b.gradient, [first.get(axis, 0) for axis in range(rank)])}
+    gradient = b.gradient
+    for place, axis in enumerate(over):
+        numbers = _count_to(b, b.build.size(b.input(0), axis))
+        operands = [b.op("Gather", b.input(i), b.build.integers([place]), axis=0) for i in (1, 2, 4) if b.view.value(i)]
+        kind = {"to": int(ir.DataType.INT64)}
+        start, end, *step = (b.op("Cast", operand, **kind) for operand in operands)
+        gradient = _put_back(b, gradient, axis, b.op("Slice", numbers, start, end, b.build.integers([0]), *step))
+    return {0: gradient}
+
+
+def gather_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """Elements back to where they were taken from, added up where one was taken more than once."""
+    rank, gradient = b.rank(0), b.gradient
+    axis = b.view.attribute("axis", 0) % rank
+    if b.rank(1) != 1:
+        shape, some = b.op("Shape", b.input(0)), b.build.integers([-1])
+        sides = (b.build.integers(list(part)) for part in (range(axis), range(axis + 1, rank)))
+        before, after = (b.op("Gather", shape, side, axis=0) for side in sides)
+        gradient = b.op("Reshape", gradient, b.op("Concat", before, some, after, axis=0))
+    given = b.view.constant(1)
+    index: list[int] = [] if given is None or b.opset < 11 else given.ravel().tolist()
+    if index and index == list(range(index[0], index[-1] + 1)) and (index[0] < 0) == (index[-1] < 0):
+        return {0: _surround(b, gradient, [index[0] if a == axis else 0 for a in range(rank)])}
+    places = b.op("Reshape", b.op("Cast", b.input(1), to=int(ir.DataType.INT64)), b.build.integers([-1]))
+    if index and min(index) >= 0 and len(set(index)) == len(index):
+        return {0: _put_back(b, gradient, axis, places)}
+    hot = b.op("OneHot", places, b.build.size(b.input(0), axis), b.build.constant([0.0, 1.0], b.dtype), axis=0)
+    return {0: b.build.contract(gradient, axis, rank, hot)}
+
+
+def _count_to(b: Backward, size: ir.Value) -> ir.Value:
+    """0, 1, … below a size, int64 [1]."""
+    return b.op("Range", b.build.integers(0), b.build.squeeze(size, [0]), b.build.integers(1))
+
+
+def _surround(b: Backward, gradient: ir.Value, first: Sequence[int]) -> ir.Value:
+    """Zeros around a part of the input that begins at `first` on each axis; negative numbers count from the end."""
+    whole = b.op("Shape", b.input(0))
+    low = b.build.integers(list(first))
+    if min(first) < 0:
+        kept = [max(n, -size) if n < 0 else n for n, size in zip(first, b.sizes(0, range(len(first))), strict=True)]
+        from_end = b.build.integers([int(n < 0) for n in first])
+        low = b.op("Add", b.build.integers(kept), b.op("Mul", whole, from_end))
+    high = b.op("Sub", b.op("Sub", whole, b.op("Shape", gradient)), low)
+    return b.op("Pad", gradient, b.op("Concat", low, high, axis=0))
+
+
+def _put_back(b: Backward, gradient: ir.Value, axis: int, taken: ir.Value) -> ir.Value:
+    """Elements that were taken from the places `taken`, no place twice, back on an axis of the input, zeros elsewhere.
+
+    Every place gathers its element, or the zero that is put behind the last one.
+    """
+    count, rank = b.op("Shape", taken), b.rank(0)
+    nowhere = b.op("Expand", count, b.build.size(b.input(0), axis))
+    source = b.op("ScatterElements", nowhere, taken, _count_to(b, count), axis=0)
+    pads = b.build.integers([int(place == rank + axis) for place in range(2 * rank)])
+    return b.op("Gather", b.op("Pad", gradient, pads), source, axis=axis)
+
+
+def gather_elements_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """Each element back to where it was taken from, added up."""
+    if b.opset < 16:
+        return "gathers elements, in an opset before 16"
+    axis = b.view.attribute("axis", 0)
+    return {0: b.op("ScatterElements", b.zeros(b.input(0)), b.input(1), b.gradient, axis=axis, reduction="add")}
+
+
+def gather_nd_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """The same for slices."""
+    if b.opset < 16 or b.view.attribute("batch_dims", 0):
+        return "gathers slices, in an opset before 16 or with batch dimensions"
+    return {0: b.op("ScatterND", b.zeros(b.input(0)), b.input(1), b.gradient, reduction="add")}
+
+
+def scatter_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """Zeros in the data where updates went; the updates' gradients from there."""
+    operator, axis = b.view.node.op_type, b.view.attribute("axis", 0)
+    along = {} if operator == "ScatterND" else {"axis": axis}
+    reduction = str(b.view.attribute("reduction", "none"))
+    if reduction not in ("none", "add"):
+        return f"scatters with reduction {reduction!r}"
+    found = {}
+    if 0 in b.wanted:
+        added = reduction == "add"
+        found[0] = b.gradient if added else b.op(operator, b.gradient, b.input(1), b.zeros(b.input(2)), **along)
+    if 2 in b.wanted:
+        found[2] = b.op(operator.replace("Scatter", "Gather"), b.gradient, b.input(1), **along)
+    return found
+
+
+def top_k_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """Each element back to its place."""
+    axis = b.view.attribute("axis", -1)
+    return {0: b.op("ScatterElements", b.zeros(b.input(0)), b.output(1), b.gradient, axis=axis)}
+
+
+def trilu_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The same triangle."""
+    diagonal = () if b.view.value(1) is None else (b.input(1),)
+    return {0: b.op("Trilu", b.gradient, *diagonal, upper=b.view.attribute("upper", 1))}
+
+
+def cum_sum_reverse(b: Backward) -> Mapping[int, ir.Value]:
+    """The sum from the other side."""
+    exclusive, reverse = (b.view.attribute(name, 0) for name in ("exclusive", "reverse"))
+    return {0: b.op("CumSum", b.gradient, b.input(1), exclusive=exclusive, reverse=1 - reverse)}
+
+
+# -- reverse: padding and resampling, linear along each axis: the matrix there is what becomes of the identity --
+
+
+def pad_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """Padding by the negative; with copies of elements, the transposed matrices."""
+    if b.wanted != {0}:
+        return "computes its padding value"
+    mode = str(b.view.attribute("mode", "constant"))
+    stated: Sequence[int] | None = b.view.attribute("pads", None)  # an operand from opset 11 on
+    if mode == "constant":
+        if stated is not None:
+            return {0: b.op("Pad", b.gradient, pads=[-n for n in stated])}
+        some = () if b.view.value(3) is None else (None, b.input(3))
+        return {0: b.op("Pad", b.gradient, b.op("Neg", b.input(1)), *some)}
+    given, over = b.view.constant(1), b.view.constant(3)
+    pads = given.tolist() if stated is None and given is not None else stated
+    if pads is None or (over is None and b.view.value(3) is not None):
+        return "computes its padding"
+    gradient, rank = b.gradient, b.rank(0)
+    axes = list(range(rank)) if over is None else [int(a) % rank for a in over.tolist()]
+    for axis, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
+        if low or high:
+            unit, around = b.identity(0, axis), [0, low, 0, high]
+            if stated is not None:
+                response = b.op("Pad", unit, pads=around, mode=mode)
+            else:
+                response = b.op("Pad", unit, b.build.integers(around), mode=mode)
+            gradient = b.build.contract(gradient, axis, rank, response)
+    return {0: gradient}
+
+
+def resize_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """The transposed matrix of each axis that is resized."""
+    if b.wanted != {0}:
+        return "computes how it resizes"
+    attributes = {name: a.value for name, a in b.view.node.attributes.items() if name not in ("axes", "scales")}
+    if attributes.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return "crops"
+    if attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        return "keeps the aspect ratio"
+    rank, gradient = b.rank(0), b.gradient
+    operand = 2 if b.opset >= 11 else 1
+    stated: Sequence[float] | None = b.view.attribute("scales", None)  # of Upsample, in its first version
+    scales = b.view.constant(operand) if stated is None else np.array(stated)
+    sized = scales.size == 0 if scales is not None else b.view.value(operand) is None
+    axes: Sequence[int] = b.view.attribute("axes", range(rank))
+    for place, axis in enumerate(a % rank for a in axes):
+        if not sized and scales is not None and scales[place] == 1:
+            continue
+        if (sized or (scales is None and axis < 2)) and b.shape(0)[axis] == b.shape(OUT)[axis]:
+            continue
+        unit = b.build.unsqueeze(b.identity(0, axis), [0, 1])
+        ones = b.build.constant([1.0, 1.0, 1.0], np.float32)
+        none = b.build.constant([], np.float32)
+        if sized:
+            ends = [b.build.size(value, axis) for value in (b.input(0), b.output())]
+            how: list[ir.Value] = [none, none, b.op("Concat", b.build.integers([1, 1]), *ends, axis=0)]
+        elif stated is not None:
+            how, attributes["scales"] = [], [1.0, 1.0, 1.0, float(stated[place])]
+        else:
+            scale = b.op("Gather", b.input(operand), b.build.integers([place]), axis=0)
+            how = [none] * (operand - 1) + [b.op("Concat", ones, scale, axis=0)]
+        found = b.op(b.view.node.op_type, unit, *how, **attributes)
+        gradient = b.build.contract(gradient, axis, rank, b.build.squeeze(found, [0, 1]))
+    return {0: gradient}
+
+
+_SHAPES = "Shape Size NonZero Range ConstantOfShape EyeLike OneHot"
+
+ROWS = (
+    *(Operator(name, Barrier("speaks of shapes and places"), reverse=nothing) for name in _SHAPES.split()),
+    Operator("Concat", Barrier("joins them with others"), reverse=concat_reverse),
+    Operator("Split", Barrier("parts them"), reverse=split_reverse),
+    Operator("Slice", Barrier("takes a part"), reverse=slice_reverse),
+    Operator("Gather", Barrier("takes some of them"), reverse=gather_reverse),
+    Operator("GatherElements", Barrier("takes some of them"), reverse=gather_elements_reverse),
+    Operator("GatherND", Barrier("takes some of them"), reverse=gather_nd_reverse),
+    Operator("ScatterElements", Barrier("overwrites some of them"), reverse=scatter_reverse),
+    Operator("ScatterND", Barrier("overwrites some of them"), reverse=scatter_reverse),
+    Operator("TopK", Barrier("chooses by size"), reverse=top_k_reverse),
+    Operator("Trilu", Barrier("overwrites some of them"), reverse=trilu_reverse),
+    Operator("CumSum", Barrier("sums along an axis"), reverse=cum_sum_reverse),
+    Operator("Pad", Barrier("pads them"), reverse=pad_reverse),
+    Operator("Resize", Barrier("resamples them"), reverse=resize_reverse),
+    Operator("Upsample", Barrier("resamples them"), reverse=resize_reverse),
+)
