@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from mscompile.errors import MscompileError, ResourceError, UsageError
+from mscompile.stage_commands import apply_command, calibrate_command, parse_keep, plan_command
+from mscompile.terminal import End, answer, ascii_json, bars, error_text, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
     from mscompile.inspection import Inspection
     from mscompile.pipeline import Compilation
     from mscompile.report import LawReport, Report
-    from mscompile.runtime import Progress
 
 ROWS = 60
 """Sites listed at most; the report file lists all."""
-NAME = 44
-"""Characters of a name that still stands in one line with its numbers on a terminal."""
-WIDE = 1000
-"""Columns of an output that is no terminal: nothing is wrapped there, so that lines can be searched."""
 
 
 class _DefaultToCompile(click.Group):
@@ -67,7 +61,13 @@ def cli() -> None:
     mscompile MODEL.onnx --keep 0.5   half of the channels of every site
     mscompile inspect MODEL.onnx      what can be cut, and why the rest is not
     mscompile compile --help          all options of compiling
+
+    The stages alone: calibrate, plan, apply.
     """
+
+
+for _command in (calibrate_command, plan_command, apply_command):
+    cli.add_command(_command)
 
 
 @cli.command("compile")
@@ -101,7 +101,7 @@ def cli() -> None:
 @click.option("--law", default="one-site", show_default=True, help="Interchange at one-site a trial, or all-sites.")
 @click.option("--swap", type=float, default=0.1, show_default=True, help="Interchange probability of each retained unit.")
 @click.option("--delta", type=float, default=0.05, show_default=True, help="Error probability of the certificate.")
-@click.option("--metric", help="Agreement: argmax, distance or cosine. [default: by the output's shape]")
+@click.option("--metric", help="Agreement: argmax, distance, cosine, equality. [default: by the output's shape]")
 @click.option("--labels", metavar="NAME", help="Name of the labels in the data.")
 @click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
@@ -139,9 +139,9 @@ def compile_command(
         )
     if fidelity is not None:
         chosen["fidelity"] = fidelity
-    options = Options(keep=_parse_keep(keep), **chosen)
+    options = Options(keep=parse_keep(keep), **chosen)
     silent = quiet or as_json
-    with _bars(silent=silent) as progress:
+    with bars(silent=silent) as progress:
         result = compile_model(
             model,
             calib,
@@ -151,14 +151,14 @@ def compile_command(
             dry_run=dry_run,
             command=command,
             progress=progress,
-            on_warning=lambda text: None if silent else _say(f"warning: {plain(text, 1000)}", fg="yellow"),
+            on_warning=lambda text: None if silent else say(f"warning: {plain(text, 1000)}", fg="yellow"),
         )
     if as_json:
-        _result(_ascii(result.report.model_dump_json()))
+        answer(ascii_json(result.report.model_dump_json()))
         return
     if not quiet:
-        _say("\n".join(_report_lines(result.report, _width(sys.stderr), timings=verbose > 0)))
-    _result(_verdict(result))
+        say("\n".join(_report_lines(result.report, width_of(sys.stderr), timings=verbose > 0)))
+    answer(_verdict(result))
 
 
 @cli.command("inspect")
@@ -166,7 +166,7 @@ def compile_command(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-v", "--verbose", count=True, help="-vv: tracebacks.")
 def inspect_command(model: Path, as_json: bool, verbose: int) -> None:
-    """List the sites of MODEL, their units, and what will be left alone and why."""
+    """List what of MODEL can be cut, and why the rest cannot."""
     del verbose  # read by `run` from the command line, so that it holds for every error
     from mscompile.pipeline import inspect_model
 
@@ -174,148 +174,9 @@ def inspect_command(model: Path, as_json: bool, verbose: int) -> None:
     if as_json:
         import json
 
-        _result(json.dumps(_inspection_data(inspection)))
+        answer(json.dumps(_inspection_data(inspection)))
     else:
-        _result("\n".join(_inspection_lines(inspection, _width(sys.stdout))))
-
-
-def _parse_keep(entries: tuple[str, ...]) -> float | Mapping[str, float | int] | None:
-    """``0.5`` for all sites, or ``SITE=0.5`` and ``SITE=128``."""
-    if not entries:
-        return None
-    where = "--keep " + " --keep ".join(entries)
-    if any("=" not in entry for entry in entries):
-        if len(entries) > 1:
-            raise UsageError(
-                "one share for all sites stands alone",
-                where=where,
-                why="a share without a site is for every site",
-                hint="name a site in each: --keep SITE=0.5",
-            )
-        return _number(entries[0], entries[0], whole=False)
-    named: dict[str, float | int] = {}
-    for entry in entries:
-        site, _, text = entry.rpartition("=")
-        if site in named:
-            raise UsageError("a site is named twice", where=where, why=f"two numbers for {site!r}", hint="leave one out")
-        named[site] = _number(text, entry, whole=True)
-    return named
-
-
-def _number(text: str, entry: str, *, whole: bool) -> float | int:
-    try:
-        return int(text) if whole and re.fullmatch(r"[+-]?[0-9]+", text) else float(text)
-    except ValueError:
-        raise UsageError(
-            "this is no number", where=f"--keep {entry}", why=f"{text!r} cannot be read", hint="write 0.5, or SITE=128"
-        ) from None
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def plain(text: str, limit: int = 200) -> str:
-    """Text from outside made safe for a terminal: no control characters, one line, not too long."""
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _say(text: str, **style: Any) -> None:
-    """Print to stderr, in colour only where that is wanted."""
-    with contextlib.suppress(BrokenPipeError):
-        click.echo(click.style(text, **style) if style and not os.environ.get("NO_COLOR") else text, err=True)
-
-
-def _result(text: str) -> None:
-    """Print to stdout."""
-    try:
-        click.echo(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed in the end
-        raise _End(141) from None
-    except OSError as error:
-        raise ResourceError(
-            "the result cannot be printed",
-            where="standard output",
-            why=error.strerror or str(error),
-            hint="check where it is redirected to",
-        ) from error
-
-
-def _ascii(document: str) -> str:
-    """A JSON text in ASCII only, which no terminal or pipe can garble."""
-    return "".join(c if c < "\x7f" else c.encode("unicode_escape").decode() for c in document)
-
-
-def _width(stream: Any) -> int:
-    return max(shutil.get_terminal_size().columns, 40) if stream.isatty() else WIDE
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int, *, text: bool = False) -> list[str]:
-    """Lines of a table: names to the left, numbers to the right, and, with `text`, a last column that is wrapped.
-
-    A name too long for its column takes a line of its own: names are there to be copied.
-    """
-    cells = [header, *rows]
-    count = len(header) - text
-    widths = [max(len(row[i]) for row in cells) for i in range(count)]
-    rest = sum(widths[1:]) + 2 * (count - 1)
-    free = max(len(row[-1]) for row in cells) + 2 if text else 0
-    room = min(max(width - rest - min(free, 34), 16), WIDE if width == WIDE else NAME)
-    widths[0] = max((len(row[0]) for row in cells if len(row[0]) <= room), default=16)
-    lines = []
-    for row in cells:
-        name = row[0]
-        if len(name) > widths[0]:
-            lines.append(name)
-            name = ""
-        line = name.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:count], widths[1:], strict=True))
-        if text:
-            left = widths[0] + rest + 2
-            wrapped = textwrap.wrap(row[-1], max(width - left, 20), break_on_hyphens=False) or [""]
-            line = f"\n{' ' * left}".join([f"{line}  {wrapped[0]}", *wrapped[1:]])
-        lines.append(line.rstrip())
-    return lines
-
-
-def _note(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _bars(*, silent: bool) -> Iterator[Progress]:
-    """Progress bars on a terminal, for whatever takes longer than a second; they vanish in the end."""
-    if silent or not sys.stderr.isatty():
-        from mscompile.runtime import no_progress
-
-        yield no_progress
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    class Late(Progress):
-        def get_renderables(self) -> Iterator[Any]:
-            late = [task for task in self.tasks if (task.elapsed or 0.0) > 1.0]
-            if late:
-                yield self.make_tasks_table(late)
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Late(*columns, console=Console(stderr=True), transient=True) as progress:
-
-        def show(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
-            task = progress.add_task(description, total=total)
-            try:
-                for item in items:
-                    yield item
-                    progress.advance(task)
-            finally:
-                progress.remove_task(task)
-
-        yield show
+        answer("\n".join(_inspection_lines(inspection, width_of(sys.stdout))))
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -330,40 +191,39 @@ def _report_lines(report: Report, width: int, *, timings: bool) -> Iterator[str]
         yield from _fidelity_lines(report, width)
         yield ""
     if report.fold_error is not None:
-        yield from _note(f"largest rounding error of the rewrite: {report.fold_error:.1e} of the outputs' spread", width)
+        yield from sentence(f"largest rounding error of the rewrite: {report.fold_error:.1e} of the outputs' spread", width)
     if report.compiled is not None:
         stem = Path(report.compiled.path or "")
-        yield from _note(
+        yield from sentence(
             plain(f"beside it: {stem.with_suffix('.plan.json').name}, {stem.with_suffix('.report.json').name}"), width
         )
     if timings:
         spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.timings.items())
-        yield from _note(f"time: {spent}", width)
+        yield from sentence(f"time: {spent}", width)
 
 
 def _site_lines(report: Report, width: int) -> Iterator[str]:
-    """What was cut at each site, and what that is predicted to cost."""
+    """What was cut at each site, and what that is predicted and found to cost."""
     cut = [site for site in report.sites if site.left_alone is None]
     bases = list(dict.fromkeys(site.basis for site in cut if site.predicted_risk is not None and site.basis))
     marks = dict(zip(bases, ("", "*", "†", "‡"), strict=False))
+    pad = "" if len(bases) < 2 else " "
     rows = []
     for site in cut[:ROWS]:
-        risk = "" if site.predicted_risk is None else f"{site.predicted_risk:.3g}"
-        mark = marks.get(site.basis or "", "") if risk else ""
-        rows.append(
-            (plain(site.name), f"{site.size:,}", f"{site.width:,}", risk + (mark if len(marks) < 2 else f"{mark:1}"))
-        )
-    if bases:
-        yield from _table(("site", "channels", "left", "risk" if len(bases) < 2 else "risk "), rows, width)
-    else:
-        yield from _table(("site", "channels", "left"), [row[:3] for row in rows], width)
+        risks = [f"{risk:.3g}" if risk is not None else "" for risk in (site.predicted_risk, site.measured_risk)]
+        mark = marks.get(site.basis or "", "") or pad
+        rows.append((plain(site.name), f"{site.size:,}", f"{site.width:,}", risks[0] + mark, risks[1]))
+    header = ("site", "channels", "left", f"risk{pad}", "measured")
+    columns = 5 if any(row[4] for row in rows) else 4 if bases else 3
+    yield from table(header[:columns], [row[:columns] for row in rows], width)
     if len(cut) > ROWS:
         yield f"and {len(cut) - ROWS} more, which the report lists"
     if bases:
         listed = "; ".join(f"{marks.get(basis, '')} {plain(basis)}".strip() for basis in bases)
-        yield from _note(f"risk: predicted cost of what was replaced, in {listed}", width)
+        where = ", and as measured on data held out" if columns == 5 else ""
+        yield from sentence(f"risk: predicted cost of what was replaced{where}, in {listed}", width)
     if left := len(report.sites) - len(cut):
-        yield from _note(
+        yield from sentence(
             f"{left} more {'site is' if left == 1 else 'sites are'} left alone: `mscompile inspect` says why", width
         )
 
@@ -379,7 +239,7 @@ def _size_lines(report: Report, width: int) -> Iterator[str]:
     ):
         if a is not None and b is not None:
             rows.append((name, format(a, form), format(b, form), f"{b / a:.1%}" if a else ""))
-    yield from _table(("size", "dense", "compiled", "share"), rows, width)
+    yield from table(("size", "dense", "compiled", "share"), rows, width)
 
 
 def _fidelity_lines(report: Report, width: int) -> Iterator[str]:
@@ -391,16 +251,16 @@ def _fidelity_lines(report: Report, width: int) -> Iterator[str]:
         kl = "" if law.kl is None else f"{law.kl:.3g}"
         bound = f"{fidelity.iia_lower:.4f}" if law is fidelity else ""
         rows.append((law.law, f"{law.swap:g}", f"{law.iia:.4f}", bound, f"{law.logit_mse_relative:.3g}", kl))
-    yield from _table(("interchange", "swap", "IIA", "certified", "logit MSE", "KL"), rows, width)
+    yield from table(("interchange", "swap", "IIA", "certified", "logit MSE", "KL"), rows, width)
     classes = ", KL in nats" if fidelity.kl is not None else ""
     note = (
         f"agreement by {plain(fidelity.metric)} over {fidelity.trials:,} trials each; logit MSE over the variance{classes}"
     )
-    yield from _note(note, width)
+    yield from sentence(note, width)
     accuracy = ""
     if fidelity.accuracy_dense is not None and fidelity.accuracy_compiled is not None:
         accuracy = f"; accuracy {fidelity.accuracy_dense:.4f} dense, {fidelity.accuracy_compiled:.4f} compiled"
-    yield from _note(f"without intervention: agreement {fidelity.agreement:.4f}{accuracy}", width)
+    yield from sentence(f"without intervention: agreement {fidelity.agreement:.4f}{accuracy}", width)
 
 
 def _verdict(result: Compilation) -> str:
@@ -445,29 +305,19 @@ def _inspection_lines(inspection: Inspection, width: int) -> Iterator[str]:
         verdict = f"read by {readers}" if reason is None else f"left alone: {plain(reason)}"
         rows.append((plain(site.tensor), str(site.axis), f"{site.size:,}", verdict))
     if rows:
-        yield from _table(("site", "axis", "channels", ""), rows, width, text=True)
+        yield from table(("site", "axis", "channels", ""), rows, width, text=True)
     else:
         yield "no site: no operator contracts a channel axis with a weight"
     left = [entry for entry in inspection.coverage if entry.status == "left alone"]
     if left:
         yield ""
         weights = [(plain(w.tensor), "×".join(map(str, w.shape)), plain(w.reason or "", 400)) for w in left]
-        yield from _table(("weight left alone", "shape", "why"), weights, width, text=True)
+        yield from table(("weight left alone", "shape", "why"), weights, width, text=True)
     yield ""
-    yield from _note(f"{inspection.reachable:.1%} of the weight elements can be cut on at least one axis", width)
+    yield from sentence(f"{inspection.reachable:.1%} of the weight elements can be cut on at least one axis", width)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def _error_text(error: MscompileError) -> str:
-    """The four parts of an error. Only hints, which are ours, keep their lines; others continue indented."""
-    parts = [f"mscompile: {plain(error.what, 1000)}"]
-    for label, text in (("where", error.where), ("why", error.why), ("try", error.hint)):
-        lines = [plain(line.strip() if label != "try" else line, 4096) for line in text.splitlines()[:200]] or [""]
-        indent = "" if label == "try" else " " * 9
-        parts.append(f"  {label + ':':<6} " + f"\n{indent}".join(lines))
-    return "\n".join(parts)
 
 
 def _usage_error(error: click.ClickException) -> UsageError:
@@ -493,16 +343,8 @@ def _crash(error: Exception, command: str) -> MscompileError:
     return MscompileError("this is a bug in mscompile", where=where, why=f"{type(error).__name__}: {error}", hint=hint)
 
 
-class _End(BaseException):
-    """The end, with an exit code. Not an Exception, so that nothing on the way mistakes it for an error of its own."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 def _terminate(*_: object) -> NoReturn:
-    raise _End(143)
+    raise End(143)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -516,12 +358,12 @@ def run(arguments: Sequence[str]) -> int:
         with _quiet_libraries(verbosity):
             code = cli.main(args=list(arguments), prog_name="mscompile", standalone_mode=False, obj=command)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _say("mscompile: interrupted")
+        say("mscompile: interrupted")
         return 130
-    except _End as end:
+    except End as end:
         return end.code
     except click.ClickException as error:
-        _say(_error_text(_usage_error(error)))
+        say(error_text(_usage_error(error), width_of(sys.stderr)))
         return UsageError.exit_code
     except Exception as error:
         if verbosity >= 2:
@@ -530,7 +372,7 @@ def run(arguments: Sequence[str]) -> int:
             hint = "use fewer --samples or a smaller --batch-size"
             error = ResourceError("memory ran out", where=command, why=str(error) or "MemoryError", hint=hint)
         ours = error if isinstance(error, MscompileError) else _crash(error, command)
-        _say(_error_text(ours))
+        say(error_text(ours, width_of(sys.stderr)))
         return ours.exit_code
     return code if isinstance(code, int) else 0
 

@@ -658,7 +658,7 @@ def _check_finite(x: Array, title: str, where: str, notes: Notes | None) -> None
             count += int(good.size - np.count_nonzero(good))
     why = f"{count} values of {title} are NaN or infinite, the first in sample {first}"
     if count and notes is None:
-        hint = "leave such samples out, or accept them with --allow-nan"
+        hint = "leave such samples out"
         raise DataError("the samples are not finite", where=where, why=why, hint=hint)
     if count and notes is not None:
         notes[why] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,10 @@ class DenseModel:
     def sites(self) -> list[Site]:
         """Sites that may be cut."""
         return [site for sites in self.groups.values() for site in sites]
+
+    def restricted(self, tensors: frozenset[str]) -> DenseModel:
+        """The same model, of which only groups with all sites among `tensors` may be cut."""
+        return replace(self, groups={g: s for g, s in self.groups.items() if all(site.tensor in tensors for site in s)})
 
     @property
     def output(self) -> str:
@@ -125,9 +129,9 @@ def _specs(model: ir.Model) -> Iterator[InputSpec]:
         yield InputSpec(value.name or "", value.dtype.numpy(), shape)
 
 
-def nothing_to_cut(source: DenseModel, options: Options) -> str:
+def nothing_to_cut(source: DenseModel, options: Options | None = None) -> str:
     """Why no site can be cut, in one sentence."""
-    if selectable(source.scm):
+    if options is not None and selectable(source.scm):
         patterns = [f"--{name} {text}" for name in ("only", "freeze") if (text := getattr(options, name)) is not None]
         return f"{' and '.join(patterns)} leave no site that could be"
     inspection = inspect_scm(source.scm)

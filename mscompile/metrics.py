@@ -64,18 +64,27 @@ def _cosine_loss(dense: Array, compiled: Array) -> npt.NDArray[np.float64]:
     return loss
 
 
+def _equality_loss(dense: Array, compiled: Array) -> npt.NDArray[np.float64]:
+    """Share of entries, over all places of a sample, that differ."""
+    loss: npt.NDArray[np.float64] = (dense != compiled).reshape(len(dense), -1).mean(axis=1)
+    return loss
+
+
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("argmax", _argmax_loss, classes=True),
         Metric("distance", _distance_loss, classes=False),
         Metric("cosine", _cosine_loss, classes=False),
+        Metric("equality", _equality_loss, classes=False),
     )
 }
 
 
 def default_metric(output: Array) -> Metric:
-    """Class scores where the last axis has at least two entries, else the distance."""
+    """Equality of integers; class scores where the last axis has at least two entries; else the distance."""
+    if output.dtype.kind in "iub":
+        return METRICS["equality"]
     return METRICS["argmax" if output.ndim >= 2 and output.shape[-1] >= 2 else "distance"]
 
 

@@ -65,7 +65,7 @@ class Options:
     law: Law = "one-site"
     swap: float = 0.1
     delta: float = 0.05
-    metric: Literal["argmax", "distance", "cosine"] | None = None
+    metric: Literal["argmax", "distance", "cosine", "equality"] | None = None
     labels: str | None = None
     samples: int | None = None
     batch_size: int = 64

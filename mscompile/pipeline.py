@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,9 @@ from mscompile.inspection import Inspection, inspect_scm
 from mscompile.options import Options
 from mscompile.plan import Plan
 from mscompile.report import Report
-from mscompile.reporting import build_report, plan_digest
+from mscompile.reporting import build_report, stamp
 from mscompile.runtime import Progress, no_progress
 from mscompile.search import Clock, compile_from_data, compile_from_weights
-from mscompile.version import __version__
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def compile_model(
     for warning in warnings:
         if on_warning is not None:
             on_warning(warning)
-    compiled = _stamp(result.compiled.model, result.plan, source.sha256)
+    compiled = stamp(result.compiled.model, result.plan, source.sha256)
     _document(compiled, source.model)
     with clock.time("save"):
         sha256, size = _write_model(compiled, target, external=external)
@@ -137,17 +135,6 @@ def compile_model(
 
 def _beside(target: Path) -> tuple[Path, Path]:
     return target.with_suffix(".plan.json"), target.with_suffix(".report.json")
-
-
-def _stamp(model: ir.Model, plan: Plan, sha256: str) -> ir.Model:
-    """Write version, digests and tau into the model's metadata, where something was compiled."""
-    if plan.sites:
-        tau = {site.tensor: site.kept.tolist() for site in plan.sites}
-        model.metadata_props["pkg.mscompile.version"] = __version__
-        model.metadata_props["pkg.mscompile.model_sha256"] = sha256
-        model.metadata_props["pkg.mscompile.plan_sha256"] = plan_digest(plan)
-        model.metadata_props["pkg.mscompile.tau"] = json.dumps(tau, separators=(",", ":"))
-    return model
 
 
 def _document(compiled: ir.Model, dense: ir.Model) -> None:

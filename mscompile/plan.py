@@ -16,7 +16,7 @@ from mscompile.errors import GoalError, UsageError
 from mscompile.operators import IntArray
 from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fit
 from mscompile.scm import Scm, Site
-from mscompile.scores import Scores, joint_curvature
+from mscompile.scores import MEASURABLE, Scores, joint_curvature
 from mscompile.statistics import Statistics
 from mscompile.windows import fit_window, window_name, window_weight
 
@@ -77,7 +77,7 @@ class SitePlan(BaseModel):
     basis
         What the scores that chose the channels estimate.
     predicted_risk
-        ½ tr(G_PP R_PP) of the site, in the unit that `basis` names; None where no data was used.
+        ½ tr(G_PP R_PP) of the site, of what `basis` names; None where that is no risk.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="forbid")
@@ -297,7 +297,7 @@ def _plan_site(
         "affine": fit.matrix,
         "windows": windows,
         "basis": scores.basis[site.tensor],
-        "predicted_risk": risk,
+        "predicted_risk": risk if scores.basis[site.tensor].startswith(MEASURABLE) else None,
     }
     return SitePlan(**fields)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -146,3 +147,14 @@ def _deployment_difference(model: ir.Model, batch: Mapping[str, Any]) -> float:
 def plan_digest(plan: Plan) -> str:
     """Sha256 of the plan file's text."""
     return hashlib.sha256(plan.to_json().encode()).hexdigest()
+
+
+def stamp(model: ir.Model, plan: Plan, sha256: str) -> ir.Model:
+    """Write version, digests and tau into the model's metadata, where something was compiled."""
+    if plan.sites:
+        tau = {site.tensor: site.kept.tolist() for site in plan.sites}
+        model.metadata_props["pkg.mscompile.version"] = __version__
+        model.metadata_props["pkg.mscompile.model_sha256"] = sha256
+        model.metadata_props["pkg.mscompile.plan_sha256"] = plan_digest(plan)
+        model.metadata_props["pkg.mscompile.tau"] = json.dumps(tau, separators=(",", ":"))
+    return model

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mscompile.errors import UnsupportedError
 from mscompile.operators import NodeView, Shape, declared
-from mscompile.operators.backward import Backward, Builder, NoRuleError
-from mscompile.scm import Refusal, captured, label
+from mscompile.operators.backward import PREFIX, Backward, Builder, NoRuleError
+from mscompile.runtime import Arrays, Session
+from mscompile.scm import Refusal, captured, infer_shapes, label
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,26 @@ class Gradients:
 
     values: Mapping[str, ir.Value]
     refused: Mapping[str, Refusal]
+
+
+def sample_shapes(model: ir.Model, feed: Arrays) -> dict[str, Shape]:
+    """Shapes of all tensors on a sample batch: inferred, and what inference cannot tell by running the model."""
+    shapes = infer_shapes(model, {name: array.shape for name, array in feed.items()})
+    copy = model.clone()
+    values = {v.name: v for node in copy.graph for v in node.outputs if v.name}
+    missing = [name for name in values if any(not isinstance(d, int) for d in shapes.get(name, (None,)))]
+    if not missing:
+        return shapes
+    copy.graph.outputs.clear()
+    for name in missing:
+        shape = ir.Value(name=f"{PREFIX}shape:{name}", shape=ir.Shape([None]), type=ir.TensorType(ir.DataType.INT64))
+        copy.graph.append(ir.node("Shape", [values[name]], outputs=[shape]))
+        copy.graph.outputs.append(shape)
+    try:
+        found = Session(copy).run(feed)
+    except UnsupportedError:  # sequences have no shape
+        return shapes
+    return shapes | {name: tuple(found[f"{PREFIX}shape:{name}"].tolist()) for name in missing}
 
 
 @dataclass

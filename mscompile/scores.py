@@ -29,6 +29,8 @@ UNUSABLE = 0.05
 SQUARED_OUTPUTS = "half the squared change of the outputs"
 DIVERGENCE = "KL divergence of the outputs, in nats"
 READER_LOCAL = "half the squared change of the readers' outputs"
+MEASURABLE = (SQUARED_OUTPUTS, DIVERGENCE, READER_LOCAL)
+"""Bases that are risks, which replacements of several units have as well."""
 
 
 @dataclass(frozen=True)

@@ -140,20 +140,25 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
             source.sites,
             parts["calibrate"],
             batch_size=options.batch_size,
-            measure=_measure(source, options),
+            measure=what_to_measure(source, options),
             progress=progress,
         )
         source, warnings = _finite(source, statistics)
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
     _enough(source, statistics, options)
     with clock.time("plan"):
-        orders = {
-            group: joint_order(sites, statistics, options.swap) if options.joint else additive_order(sites, scores)
-            for group, sites in source.groups.items()
-        }
+        orders = order_units(source, statistics, scores, options)
     search = Search(source, statistics, scores, orders, parts, options, clock, progress)
     result = search.smallest() if options.keep is None else search.fixed(options.keep)
     return replace(result, warnings=(*warnings, *result.warnings))
+
+
+def order_units(source: DenseModel, statistics: Statistics, scores: Scores, options: Options) -> dict[int, IntArray]:
+    """Units of each group in the order they go."""
+    return {
+        group: joint_order(sites, statistics, options.swap) if options.joint else additive_order(sites, scores)
+        for group, sites in source.groups.items()
+    }
 
 
 def _split(source: DenseModel, samples: Samples, options: Options) -> dict[str, Samples]:
@@ -203,7 +208,7 @@ def _is_finite(site: Site, statistics: Statistics) -> bool:
     return all(np.isfinite(array).all() for array in (statistics.moments[site.tensor].variance, *arrays))
 
 
-def _measure(source: DenseModel, options: Options) -> Measure:
+def what_to_measure(source: DenseModel, options: Options) -> Measure:
     """What the objective and the replacement need to know."""
     objective = OBJECTIVES[options.objective]
     return Measure(

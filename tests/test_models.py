@@ -153,7 +153,7 @@ def test_package_and_help_need_no_torch():
         "import sys; sys.modules['torch'] = None; import mscompile.models, mscompile.models.data; "
         "from mscompile.models.__main__ import main; main(['train', '--help'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "|".join(NAMES) in done.stdout
 

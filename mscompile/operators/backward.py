@@ -230,6 +230,12 @@ class Backward:
         """Truth values or integers as numbers of the gradients' type."""
         return self.op("Cast", value, to=int(ir.DataType.from_numpy(self.dtype)))
 
+    def equal(self, left: ir.Value, right: ir.Value) -> ir.Value:
+        """Truth values; before opset 11 Equal takes no floats."""
+        if self.opset >= 11:
+            return self.op("Equal", left, right)
+        return self.op("Not", self.op("Or", self.op("Less", left, right), self.op("Greater", left, right)))
+
     def where_positive(self, value: ir.Value) -> ir.Value:
         """1 where `value` > 0, else 0, in the gradients' type."""
         if self.dtype == np.float32:  # One fast operator; only subnormal values come out between 0 and 1.
@@ -251,6 +257,8 @@ class Backward:
     def identity(self, operand: int, axis: int) -> ir.Value:
         """The identity matrix of the size of an axis: through it, a linear operator shows its matrix."""
         size = self.fixed(operand, axis)
+        if size is None and self.opset < 9:
+            (size,) = self.sizes(operand, [axis])
         if size is not None:
             return self.build.constant(np.eye(size), self.dtype)
         length = self.build.size(self.input(operand), axis)

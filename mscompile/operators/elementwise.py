@@ -149,9 +149,7 @@ def clip_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     """1 where the value stays what it is, the bounds included."""
     if b.wanted != {0}:
         return "computes its bounds"
-    if b.opset >= 11:
-        return {0: b.op("Mul", b.gradient, b.number(b.op("Equal", b.input(0), b.output())))}
-    return {0: (b.g * (1.0 - (b.x - b.y).of("Abs").positive())).value}  # Equal takes no floats
+    return {0: b.op("Mul", b.gradient, b.number(b.equal(b.input(0), b.output())))}
 
 
 def cast_reverse(b: Backward) -> Mapping[int, ir.Value]:
@@ -185,7 +183,8 @@ def pow_reverse(b: Backward) -> Mapping[int, ir.Value]:
         square = given is not None and bool(np.all(given == 2))
         found[0] = b.unbroadcast((b.g * (p * (b.x if square else b.x.of("Pow", p - 1.0)))).value, 0)
     if 1 in b.wanted:
-        change = b.op("Where", b.op("Equal", b.output(), b.scalar(0.0)), b.scalar(0.0), (b.y * b.x.of("Log")).value)
+        zero = b.scalar(0.0)
+        change = b.op("Where", b.equal(b.output(), zero), zero, (b.y * b.x.of("Log")).value)
         found[1] = b.unbroadcast(b.op("Mul", b.gradient, change), 1)
     return found
 

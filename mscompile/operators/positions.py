@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from mscompile.operators.axes import OUT, Barrier, NodeView, Operator, Signature
 from mscompile.operators.backward import Backward, Reverse, Term, nothing
-from mscompile.operators.sliding import Slide, slides
+from mscompile.operators.sliding import slides
 
 
 def batch_normalisation(node: NodeView) -> Signature | str:
@@ -106,62 +106,73 @@ def layer_normalisation(node: NodeView) -> Signature | str:
 
 def max_pool_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     """The gradient, to the first of the largest elements of each window."""
+    if b.opset < 9:
+        return "pools, in an opset before 9"
     windows = slides(b, b.view.attribute("kernel_shape", ()))
-    tiles = all(
+    side_by_side = all(
         w.kernel == w.stride and w.dilation == 1 and w.low == w.high == 0 and isinstance(n, int) and n % w.kernel == 0
         for n, w in zip(b.shape(0)[2:], windows, strict=True)
     )
-    if tiles and b.opset >= 11:
-        return {0: _untile(b, [w.kernel for w in windows])}
-    if b.opset < 8:
-        return "cannot say where its largest elements are, in an opset before 8"
+    if side_by_side and b.opset >= 11 and math.prod(b.sizes(0, range(2, b.rank(0)))) <= EXACT:
+        return {0: _unpool(b, b.gradient, _places(b, [w.kernel for w in windows]))}
     given = {name: a.value for name, a in b.view.node.attributes.items() if name != "storage_order"}
     _, places = b.build.ops("MaxPool", b.input(0), outputs=2, **given)
     if b.opset >= 16:
         flat = b.build.integers([-1])
         parts = [b.op("Reshape", value, flat) for value in (b.zeros(b.input(0)), places, b.gradient)]
         return {0: b.like(b.op("ScatterElements", *parts, axis=0, reduction="add"), 0)}
-    return _unpool(b, windows, places)
-
-
-def _untile(b: Backward, kernel: Sequence[int]) -> ir.Value:
-    """For windows side by side, what pooling with indices would give, from operators that run many times faster.
-
-    The elements equal to the largest one of their window are numbered downwards; the one with the largest number is first.
-    """
-    zeros, factors = [0.0] * (2 + len(kernel)), [1.0, 1.0, *map(float, kernel)]
-
-    def enlarge(value: ir.Value) -> ir.Value:
-        scales = b.build.constant(factors, np.float32)
-        none = b.build.constant(zeros[:0], np.float32)
-        how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return b.op("Resize", value, none, scales, **how)
-
-    numbers = np.arange(math.prod(kernel), 0, -1).reshape(1, 1, *kernel)
-    places = b.op("Gather", b.op("Shape", b.output()), b.build.integers(list(range(2, 2 + len(kernel)))), axis=0)
-    repeats = b.op("Concat", b.build.integers([1, 1]), places, axis=0)
-    order = b.op("Tile", b.build.constant(numbers, b.dtype), repeats)
-    largest = b.op("Mul", b.number(b.op("Equal", b.input(0), enlarge(b.output()))), order)
-    first = b.op("MaxPool", largest, kernel_shape=kernel, strides=kernel)
-    chosen = b.number(b.op("Equal", largest, enlarge(first)))
-    return b.op("Mul", enlarge(b.gradient), chosen)
-
-
-def _unpool(b: Backward, windows: Sequence[Slide], places: ir.Value) -> Mapping[int, ir.Value] | str:
-    """Without an operator that adds what goes to one place: at a time the windows that are too far apart to overlap."""
+    # Nothing adds up what goes to one place: windows too far apart to overlap, at a time.
     apart = [-(-w.extent // w.stride) for w in windows]
-    if b.opset < 10 and max(apart) > 1:
-        return "has windows that overlap, in an opset before 10"
-    ones, axes = [1] * len(windows), b.build.integers(list(range(2, 2 + len(windows))))
+    if max(apart) == 1:
+        return {0: _unpool(b, b.gradient, places)}
+    if b.opset < 10:
+        return "pools in windows that overlap, in an opset before 10"
+    axes = b.build.integers(list(range(2, 2 + len(windows))))
     end = b.build.integers([np.iinfo(np.int64).max] * len(windows))
     parts = []
     for start in product(*map(range, apart)):
-        part = [b.gradient, places]
-        if max(apart) > 1:
-            part = [b.op("Slice", v, b.build.integers(start), end, axes, b.build.integers(apart)) for v in part]
-        shape = b.op("Shape", b.input(0))
-        parts.append(b.op("MaxUnpool", *part, shape, kernel_shape=ones, strides=ones))
+        every = (b.build.integers(start), end, axes, b.build.integers(apart))
+        parts.append(_unpool(b, *(b.op("Slice", value, *every) for value in (b.gradient, places))))
     return {0: b.op("Sum", *parts)}
+
+
+EXACT = 2**24
+"""Integers up to here are exact in float32."""
+
+
+def _unpool(b: Backward, gradient: ir.Value, places: ir.Value) -> ir.Value:
+    """Each element to its place among the elements of the input, counted through; zeros elsewhere."""
+    ones = [1] * (b.rank(0) - 2)
+    return b.op("MaxUnpool", gradient, places, b.op("Shape", b.input(0)), kernel_shape=ones, strides=ones)
+
+
+def _places(b: Backward, kernel: Sequence[int]) -> ir.Value:
+    """The indices of pooling in windows side by side, from operators that run many times faster than pooling with indices.
+
+    Elements that equal the largest one of their window are numbered downwards through their channel; in each window the one
+    with the largest number is first.
+    """
+    spatial = len(kernel)
+    shape = b.op("Shape", b.input(0))
+    ends = (range(2), range(2, 2 + spatial))
+    planes, plane = (b.op("Gather", shape, b.build.integers(list(part)), axis=0) for part in ends)
+    planes_count, size = (b.op("ReduceProd", part, keepdims=0) for part in (planes, plane))
+    zero, one, flat = b.build.integers(0), b.build.integers(1), b.build.integers([1, 1])
+    # As images of one channel: for several, onnxruntime changes to a layout that the other operators do not take.
+    pooled = b.op("Shape", b.output())
+    image = b.op(
+        "Concat", b.build.integers([-1, 1]), b.op("Gather", pooled, b.build.integers(list(ends[1])), axis=0), axis=0
+    )
+    none, scales = (b.build.constant(numbers, np.float32) for numbers in ([], [1.0, 1.0, *kernel]))
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    largest = b.like(b.op("Resize", b.op("Reshape", b.output(), image), none, scales, **how), 0)
+    down = b.number(b.op("Range", size, zero, b.build.integers(-1)))
+    order = b.op("Reshape", down, b.op("Concat", flat, plane, axis=0))
+    candidates = b.op("Mul", b.number(b.op("Equal", b.input(0), largest)), order)
+    first = b.op("MaxPool", candidates, kernel_shape=kernel, strides=kernel)
+    place = b.op("Cast", b.op("Sub", b.number(size), first), to=int(ir.DataType.INT64))
+    start = b.op("Mul", b.op("Range", zero, planes_count, one), size)
+    return b.op("Add", place, b.op("Reshape", start, b.op("Concat", planes, b.build.integers([1] * spatial), axis=0)))
 
 
 def average_pool_reverse(b: Backward) -> Mapping[int, ir.Value]:
@@ -213,7 +224,7 @@ class Reduced:
     def product(self) -> Term:
         """The gradient times the product of the other elements, zeros among them or not."""
         b, one = self.b, self.b.scalar(1.0)
-        null = b.op("Equal", b.input(0), b.scalar(0.0))
+        null = b.equal(b.input(0), b.scalar(0.0))
         nulls = Term(b, b.number(null))
         rest = Term(b, b.op("Where", null, one, b.input(0)))
         others = (nulls.over("ReduceSum", self.axes) - nulls).positive()
@@ -229,7 +240,7 @@ REDUCTIONS: Mapping[str, Callable[[Reduced], Term]] = {
     "ReduceL1": lambda r: r.g * r.b.x.of("Sign"),
     "ReduceL2": lambda r: r.g / r.y.of("Max", 1e-30) * r.b.x,
     "ReduceSumSquare": lambda r: 2.0 * r.g * r.b.x,
-    "ReduceLogSum": lambda r: r.g / r.y.of("Exp"),
+    "ReduceLogSum": lambda r: r.spread(r.g / r.y.of("Exp")),
     "ReduceLogSumExp": lambda r: r.g * (r.b.x - r.y).of("Exp"),
 }
 """Gradient of the input."""

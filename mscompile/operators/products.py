@@ -111,13 +111,18 @@ def gemm_reverse(b: Backward) -> Mapping[int, ir.Value]:
     """DA = alpha · dY Bᵀ, dB = alpha · Aᵀ dY, each turned as its operand is."""
     left, right = bool(b.view.attribute("transA", 0)), bool(b.view.attribute("transB", 0))
     alpha = float(b.view.attribute("alpha", 1.0))
+
+    def product(first: ir.Value, second: ir.Value, turn_first: bool, turn_second: bool) -> ir.Value:
+        bias = () if b.opset >= 11 else (b.scalar(0.0),)
+        return b.op("Gemm", first, second, *bias, alpha=alpha, transA=int(turn_first), transB=int(turn_second))
+
     found = {}
     if 0 in b.wanted:
-        operands = (b.input(1), b.gradient, right, True) if left else (b.gradient, b.input(1), False, not right)
-        found[0] = b.op("Gemm", *operands[:2], alpha=alpha, transA=int(operands[2]), transB=int(operands[3]))
+        other = b.input(1)
+        found[0] = product(other, b.gradient, right, True) if left else product(b.gradient, other, False, not right)
     if 1 in b.wanted:
-        operands = (b.gradient, b.input(0), True, left) if right else (b.input(0), b.gradient, not left, False)
-        found[1] = b.op("Gemm", *operands[:2], alpha=alpha, transA=int(operands[2]), transB=int(operands[3]))
+        other = b.input(0)
+        found[1] = product(b.gradient, other, True, left) if right else product(other, b.gradient, not left, False)
     if 2 in b.wanted:
         found[2] = b.unbroadcast((b.g * float(b.view.attribute("beta", 1.0))).value, 2)
     return found
@@ -242,7 +247,7 @@ def _spread(b: Backward, windows: Sequence[Slide]) -> ir.Value:
     """Transposed convolution back to the size of the input, which follows from the output's only up to a stride."""
     axes = range(2, b.rank(0))
     strided = [axis for axis, w in zip(axes, windows, strict=True) if w.stride > 1]
-    exact = pads_to_size(b.view) or all(b.fixed(0, axis) is not None for axis in strided)
+    exact = b.opset < 10 or pads_to_size(b.view) or all(b.fixed(0, axis) is not None for axis in strided)
     more = [w.stride - 1 for w in windows]
     if exact:
         ends = [w.low + w.high - w.extent for w in windows]

@@ -75,7 +75,11 @@ def gather_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     places = b.op("Reshape", b.op("Cast", b.input(1), to=int(ir.DataType.INT64)), b.build.integers([-1]))
     if index and min(index) >= 0 and len(set(index)) == len(index):
         return {0: _put_back(b, gradient, axis, places)}
-    hot = b.op("OneHot", places, b.build.size(b.input(0), axis), b.build.constant([0.0, 1.0], b.dtype), axis=0)
+    size = b.build.size(b.input(0), axis)
+    if b.opset < 11:  # where OneHot does not count from the end
+        negative = b.op("Less", places, b.build.integers(0))
+        places = b.op("Where", negative, b.op("Add", places, size), places)
+    hot = b.op("OneHot", places, size, b.build.constant([0.0, 1.0], b.dtype), axis=0)
     return {0: b.build.contract(gradient, axis, rank, hot)}
 
 

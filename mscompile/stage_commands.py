@@ -1,0 +1,150 @@
+"""The commands of the stages alone: calibrate, plan, apply."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mscompile.errors import UsageError
+from mscompile.terminal import answer, bars, plain, say, table, width_of
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+FORCE = click.option("--force", is_flag=True, help="Overwrite existing outputs.")
+SCORING: tuple[Callable[[Any], Any], ...] = (
+    click.option("--objective", default="logit-mse", show_default=True, help="See `mscompile compile --help`."),
+    click.option("--replacement", default="affine", show_default=True, help="See `mscompile compile --help`."),
+    click.option("--swap", type=float, default=0.1, show_default=True, help="Interchange probability to fit for."),
+    click.option("--only", metavar="REGEX", help="Only sites whose name matches."),
+    click.option("--freeze", metavar="REGEX", help="Never sites whose name matches."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+)
+DATA: tuple[Callable[[Any], Any], ...] = (
+    click.option("--calib", metavar="SRC", help="Data. [default: MODEL.calib.npz beside the model]"),
+    click.option("--labels", metavar="NAME", help="Name of the labels in the data."),
+    click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True),
+)
+
+
+def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def parse_keep(entries: tuple[str, ...]) -> float | Mapping[str, float | int] | None:
+    """``0.5`` for all sites, or ``SITE=0.5`` and ``SITE=128``."""
+    if not entries:
+        return None
+    where = "--keep " + " --keep ".join(entries)
+    if any("=" not in entry for entry in entries):
+        if len(entries) > 1:
+            raise UsageError(
+                "one share for all sites stands alone",
+                where=where,
+                why="a share without a site is for every site",
+                hint="name a site in each: --keep SITE=0.5",
+            )
+        return _number(entries[0], entries[0], whole=False)
+    named: dict[str, float | int] = {}
+    for entry in entries:
+        site, _, text = entry.rpartition("=")
+        if site in named:
+            raise UsageError("a site is named twice", where=where, why=f"two numbers for {site!r}", hint="leave one out")
+        named[site] = _number(text, entry, whole=True)
+    return named
+
+
+def _number(text: str, entry: str, *, whole: bool) -> float | int:
+    try:
+        return int(text) if whole and re.fullmatch(r"[+-]?[0-9]+", text) else float(text)
+    except ValueError:
+        raise UsageError(
+            "this is no number", where=f"--keep {entry}", why=f"{text!r} cannot be read", hint="write 0.5, or SITE=128"
+        ) from None
+
+
+@click.command("calibrate")
+@MODEL
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: MODEL.statistics.safetensors]")
+@click.option("--probes", type=click.IntRange(min=1), default=4, show_default=True, help="Random seeds of the curvature.")
+@click.option(
+    "--check", type=click.IntRange(min=0), default=0, metavar="N", help="Measure the risk of N units per site to compare."
+)
+@_with(*SCORING, *DATA)
+@FORCE
+@click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
+def calibrate_command(
+    model: Path, output: Path | None, check: int, force: bool, calib: str | None, verbose: int, **chosen: Any
+) -> None:
+    """Collect the statistics of MODEL's sites over calibration data."""
+    del verbose
+    from mscompile.options import Options
+    from mscompile.stages import calibrate_model
+
+    target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
+    with bars(silent=False) as progress:
+        found = calibrate_model(model, calib, target, Options(**chosen), check=check, force=force, progress=progress)
+    for note in found.notes:
+        say(f"warning: {plain(note, 1000)}", fg="yellow")
+    for tensor, reason in found.statistics.refused.items():
+        say(f"site {plain(tensor)} is scored by its readers' outputs: {plain(reason)}")
+    if found.checks:
+        rows = [
+            (plain(c.tensor), str(len(c.units)), f"{c.spearman:.3f}", f"{c.ratio:.3f}", plain(c.basis.partition(":")[0]))
+            for c in found.checks
+        ]
+        header = ("site", "units", "Spearman", "predicted/measured", "of")
+        say("\n".join(table(header, rows, width_of(sys.stderr))))
+    answer(f"{target}: {len(found.statistics.moments)} sites, {found.statistics.samples} samples")
+
+
+@click.command("plan")
+@MODEL
+@click.argument("statistics", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: MODEL.plan.json]")
+@click.option("--keep", multiple=True, metavar="[SITE=]N", help="Share of channels to keep, or SITE=share, SITE=number.")
+@_with(*SCORING)
+@FORCE
+@click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
+def plan_command(
+    model: Path, statistics: Path, output: Path | None, keep: tuple[str, ...], force: bool, verbose: int, **chosen: Any
+) -> None:
+    """Choose units of MODEL from STATISTICS and fit what stands in for the others."""
+    del verbose
+    from mscompile.options import Options
+    from mscompile.stages import plan_model
+
+    target = output if output is not None else model.parent / f"{model.stem}.plan.json"
+    plan = plan_model(model, statistics, target, Options(keep=parse_keep(keep), **chosen), force=force)
+    answer(f"{target}: {len(plan.sites)} sites cut")
+
+
+@click.command("apply")
+@MODEL
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: MODEL.ms.onnx]")
+@_with(*DATA)
+@FORCE
+@click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
+def apply_command(
+    model: Path, plan: Path, output: Path | None, calib: str | None, force: bool, verbose: int, **chosen: Any
+) -> None:
+    """Carry out PLAN on MODEL, and prove the result on data."""
+    del verbose
+    from mscompile.options import Options
+    from mscompile.plan import Plan
+    from mscompile.stages import apply_plan
+
+    target = output if output is not None else model.parent / f"{model.stem}.ms.onnx"
+    done = apply_plan(model, Plan.read(plan), calib, target, Options(**chosen), force=force)
+    proof = "fold error not measured" if done.fold_error is None else f"fold error {done.fold_error:.1e}"
+    answer(f"{target}: {proof}")

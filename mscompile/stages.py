@@ -1,0 +1,197 @@
+"""The stages alone: calibrate, plan, apply. Statistics and plans are files between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mscompile.calibration import calibrate
+from mscompile.data import Source
+from mscompile.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
+from mscompile.errors import DataError, GoalError, UsageError
+from mscompile.files import output_conflict, save_model, staged
+from mscompile.options import Options
+from mscompile.plan import Plan, make_plan, resolve_keep
+from mscompile.prediction import SiteCheck, check_units
+from mscompile.reporting import stamp
+from mscompile.rewrite import Compiled, rewrite
+from mscompile.runtime import Progress, no_progress
+from mscompile.scores import score
+from mscompile.search import order_units, what_to_measure
+from mscompile.statistics import Statistics
+from mscompile.statistics_file import load_statistics, save_statistics
+from mscompile.verify import fold_error, make_pair
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of a model's sites, and how well they predict where that was asked for."""
+
+    dense: DenseModel
+    statistics: Statistics
+    checks: tuple[SiteCheck, ...]
+    notes: tuple[str, ...]
+
+
+def calibrate_model(
+    model: Model,
+    data: Source | None = None,
+    output: Path | None = None,
+    options: Options | None = None,
+    *,
+    check: int = 0,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Calibration:
+    """Collect the statistics that `options` needs, over all the data given.
+
+    Parameters
+    ----------
+    output
+        Statistics file to write.
+    check
+        Units per site whose predicted risk is compared with the measured one: each costs a run over the data.
+    """
+    options = options or Options()
+    if output is not None:
+        output_conflict([output], force=force)
+    dense = open_dense(model, options.only, options.freeze)
+    samples = find_data(dense, data, options)
+    if samples is None:
+        raise DataError(
+            "there is no calibration data",
+            where=str(dense.path or "model"),
+            why="none was given, and none lies beside the model",
+            hint="give it with --calib",
+        )
+    if not dense.groups:
+        raise GoalError(
+            "nothing in this model can be cut",
+            where=str(dense.path or "model"),
+            why=nothing_to_cut(dense),
+            hint="`mscompile inspect MODEL` lists every site and weight with its reason",
+        )
+    statistics = calibrate(
+        dense.scm,
+        dense.sites,
+        samples,
+        batch_size=dense.batch or options.batch_size,
+        measure=what_to_measure(dense, options),
+        progress=progress,
+    )
+    checks: tuple[SiteCheck, ...] = ()
+    notes = samples.notes
+    if check:
+        scores = score(dense.scm, dense.sites, statistics, options.objective, seed=options.seed)
+        notes = (*notes, *scores.warnings)
+        checks = tuple(
+            check_units(
+                dense.model,
+                dense.sites,
+                dense.ranks,
+                scores,
+                dense.output,
+                samples,
+                count=check,
+                batch_size=dense.batch or options.batch_size,
+                seed=options.seed,
+                progress=progress,
+            )
+        )
+    if output is not None:
+        save_statistics(statistics, output, model_sha256=dense.sha256)
+    return Calibration(dense, statistics, checks, notes)
+
+
+def plan_model(model: Model, statistics: Path, output: Path | None, options: Options, *, force: bool = False) -> Plan:
+    """Make a plan for the sizes that `options.keep` asks for, from a statistics file."""
+    if options.keep is None:
+        raise UsageError(
+            "a plan needs sizes",
+            where="--keep",
+            why="the search for a fidelity verifies candidates on data",
+            hint="give --keep 0.5 or --keep SITE=128, or use `mscompile MODEL --fidelity F`",
+        )
+    if output is not None:
+        output_conflict([output], force=force)
+    dense = open_dense(model, options.only, options.freeze)
+    found = load_statistics(statistics, model_sha256=dense.sha256)
+    dense = dense.restricted(frozenset(found.moments))
+    scores = score(dense.scm, dense.sites, found, options.objective, seed=options.seed)
+    plan = make_plan(
+        dense.scm,
+        found,
+        scores,
+        dense.groups,
+        order_units(dense, found, scores, options),
+        resolve_keep(dense.scm, dense.groups, options.keep),
+        model_sha256=dense.sha256,
+        replacement=options.replacement,
+        swap=options.swap,
+    )
+    if output is not None:
+        with staged(output) as draft:
+            draft.write_text(plan.to_json(), encoding="utf-8")
+    return plan
+
+
+@dataclass(frozen=True)
+class Application:
+    """A plan carried out; `fold_error` is None where there was nothing to run the models on."""
+
+    compiled: Compiled
+    fold_error: float | None
+    path: Path | None
+
+
+def apply_plan(
+    model: Model,
+    plan: Plan,
+    data: Source | None = None,
+    output: Path | None = None,
+    options: Options | None = None,
+    *,
+    force: bool = False,
+) -> Application:
+    """Carry out a plan, and prove it on data or, without any, on generated inputs.
+
+    Raises
+    ------
+    UsageError
+        The plan is of another model, or names sites that it does not have.
+    VerificationError
+        The compiled graph is not the dense graph under the plan; nothing is written.
+    """
+    options = options or Options()
+    if output is not None:
+        output_conflict([output], force=force)
+    dense = open_dense(model)
+    if plan.model_sha256 != dense.sha256:
+        raise UsageError(
+            "the plan is of another model",
+            where="plan",
+            why=f"it is bound to sha256 {plan.model_sha256[:12]}…, the model has {dense.sha256[:12]}…",
+            hint="plan again for this model",
+        )
+    cuttable = {site.tensor: site for site in dense.sites}
+    for entry in plan.sites:
+        site = cuttable.get(entry.tensor)
+        if site is None or (site.size, site.axis) != (entry.size, entry.axis):
+            raise UsageError(
+                "the plan names a site that cannot be cut so",
+                where=entry.name,
+                why="the model has no such site" if site is None else f"it has {site.size} channels on axis {site.axis}",
+                hint="`mscompile inspect MODEL` lists the sites",
+            )
+    compiled = rewrite(dense.model, plan)
+    samples = find_data(dense, data, options) or generated_inputs(dense.specs)
+    error = None
+    if samples is not None and plan.sites:
+        pair = make_pair(dense.model, compiled.model, plan, dense.ranks, compiled.alignment)
+        error = fold_error(pair, plan, samples, dense.batch or options.batch_size)
+    stamped: ir.Model = stamp(compiled.model, plan, dense.sha256)
+    if output is not None:
+        save_model(stamped, output)
+    return Application(compiled, error, output)

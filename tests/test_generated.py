@@ -1,0 +1,286 @@
+"""Generated networks under random plans: the compiled graph is the dense one under the plan."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from golden import KINDS, canonical, inputs, plan_for
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from mscompile.data import Samples
+from mscompile.rewrite import rewrite
+from mscompile.scm import read_scm
+from mscompile.verify import FOLD_TOLERANCE, fold_error, make_pair
+
+EXAMPLES = 100
+SAMPLES = 5
+ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSwish", "Softplus", "Abs")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A float tensor; its shape without the sample axis, channels first for maps and last for tokens."""
+
+    name: str
+    shape: tuple[int, ...]
+    tokens: bool = False
+
+    @property
+    def channels(self) -> int:
+        return self.shape[-1] if self.tokens else self.shape[0]
+
+    @property
+    def is_map(self) -> bool:
+        return len(self.shape) == 3 and not self.tokens
+
+
+@dataclass
+class Network:
+    """A graph that grows node by node, by choices that hypothesis draws and numbers that a seed gives."""
+
+    draw: Callable[[st.SearchStrategy], object]
+    rng: np.random.Generator
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    stored: dict[str, np.ndarray] = field(default_factory=dict)
+    tensors: list[Tensor] = field(default_factory=list)
+    count: itertools.count = field(default_factory=itertools.count)
+
+    def choose(self, *options: object) -> object:
+        return self.draw(st.sampled_from(options))
+
+    def weight(self, *shape: int, positive: bool = False, share: bool = False) -> str:
+        """A new parameter, or sometimes one of the same shape that is there already."""
+        fits = [name for name, array in self.stored.items() if array.shape == shape and array.dtype == np.float32]
+        if share and fits and self.choose(False, False, True):
+            return str(self.choose(*fits))
+        array = self.rng.standard_normal(shape) / np.sqrt(max(1, np.prod(shape[1:])))
+        return self.store(np.abs(array) + 0.5 if positive else array, np.float32)
+
+    def store(self, array: object, dtype: type = np.int64) -> str:
+        name = f"p{next(self.count)}"
+        self.stored[name] = np.asarray(array, dtype=dtype)
+        return name
+
+    def bias(self, size: int) -> list[str]:
+        return [self.weight(size, share=True)] if self.choose(True, False) else []
+
+    def add(
+        self, op: str, operands: list[str], shape: tuple[int, ...], *, tokens: bool = False, **attributes: object
+    ) -> Tensor:
+        tensor = Tensor(f"t{next(self.count)}", shape, tokens)
+        self.nodes.append(helper.make_node(op, operands, [tensor.name], name=f"n{tensor.name}", **attributes))
+        self.tensors.append(tensor)
+        return tensor
+
+    # -- steps: each takes a tensor and gives another --
+
+    def activation(self, x: Tensor) -> Tensor:
+        op = self.choose(*ACTIVATIONS, "Clip", "PRelu")
+        if op == "Clip":
+            return self.add(
+                "Clip", [x.name, self.store(0.0, np.float32), self.store(2.0, np.float32)], x.shape, tokens=x.tokens
+            )
+        if op == "PRelu":
+            slopes = (x.channels,) if x.tokens or len(x.shape) == 1 else (x.channels, 1, 1)
+            return self.add("PRelu", [x.name, self.weight(*slopes)], x.shape, tokens=x.tokens)
+        return self.add(str(op), [x.name], x.shape, tokens=x.tokens)
+
+    def convolution(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape
+        out, kernel = self.draw(st.integers(2, 6)), [self.draw(st.integers(1, 3)) for _ in range(2)]
+        pads = [self.draw(st.integers(0, k - 1)) for k in kernel * 2]
+        strides = [self.choose(1, 1, 2) for _ in kernel]
+        dilations = [self.choose(1, 1, 2) for _ in kernel]
+        sizes = [
+            (size + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
+            for i, size in enumerate((height, width))
+        ]
+        if min(sizes) < 1:
+            return x
+        weights = [self.weight(out, channels, *kernel, share=True), *self.bias(out)]
+        attributes = {"pads": pads, "strides": strides, "dilations": dilations}
+        return self.add("Conv", [x.name, *weights], (out, *sizes), **attributes)
+
+    def same_convolution(self, x: Tensor) -> Tensor:
+        weights = [self.weight(x.channels, x.channels, 3, 3, share=True), *self.bias(x.channels)]
+        return self.add("Conv", [x.name, *weights], x.shape, auto_pad=self.choose("SAME_UPPER", "SAME_LOWER"))
+
+    def depthwise(self, x: Tensor) -> Tensor:
+        pad = self.choose(0, 1)
+        channels, height, width = x.shape
+        if not pad and min(height, width) < 3:
+            return x
+        weights = [self.weight(channels, 1, 3, 3), *self.bias(channels)]
+        shape = (channels, height - 2 + 2 * pad, width - 2 + 2 * pad)
+        return self.add("Conv", [x.name, *weights], shape, group=channels, pads=[pad] * 4)
+
+    def transposed(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape
+        out = self.draw(st.integers(2, 5))
+        weights = [self.weight(channels, out, 2, 2), *self.bias(out)]
+        return self.add("ConvTranspose", [x.name, *weights], (out, 2 * height, 2 * width), strides=[2, 2])
+
+    def normalisation(self, x: Tensor) -> Tensor:
+        vectors = [self.weight(x.channels, positive=i == 3) for i in range(4)]
+        op = self.choose("BatchNormalization", "InstanceNormalization")
+        return self.add(str(op), [x.name, *vectors[: 4 if op == "BatchNormalization" else 2]], x.shape)
+
+    def pool(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape
+        op, pad = self.choose("MaxPool", "AveragePool"), self.choose(0, 1)
+        if min(height, width) < 3:
+            return x
+        sizes = [(size + 2 * pad - 3) // 2 + 1 for size in (height, width)]
+        counted = {"count_include_pad": self.choose(0, 1)} if op == "AveragePool" else {}
+        attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [pad] * 4, **counted}
+        return self.add(str(op), [x.name], (channels, *sizes), **attributes)
+
+    def flat(self, x: Tensor) -> Tensor:
+        size = int(np.prod(x.shape))
+        if self.choose(True, False):
+            return self.add("Flatten", [x.name], (size,))
+        return self.add("Reshape", [x.name, self.store([0, self.choose(-1, size)])], (size,))
+
+    def averaged(self, x: Tensor) -> Tensor:
+        pooled = self.add("GlobalAveragePool", [x.name], (x.channels, 1, 1))
+        return self.flat(pooled) if self.choose(True, False) else pooled
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape
+        if self.choose(True, False):
+            return self.add("Transpose", [x.name], (height, width, channels), tokens=True, perm=[0, 2, 3, 1])
+        target = [0, channels, self.choose(-1, height * width)]
+        rows = self.add("Reshape", [x.name, self.store(target)], (channels, height * width), tokens=False)
+        return self.add("Transpose", [rows.name], (height * width, channels), tokens=True, perm=[0, 2, 1])
+
+    def channels_first(self, x: Tensor) -> Tensor:
+        if len(x.shape) != 3:
+            return x
+        return self.add("Transpose", [x.name], (x.shape[2], *x.shape[:2]), perm=[0, 3, 1, 2])
+
+    def product(self, x: Tensor) -> Tensor:
+        out = self.draw(st.integers(2, 8))
+        shape, weight = (*x.shape[:-1], out), self.weight(x.shape[-1], out, share=True)
+        found = self.add("MatMul", [x.name, weight], shape, tokens=x.tokens)
+        if self.choose(True, False):
+            operands = [found.name, self.weight(out)]
+            found = self.add("Add", operands[:: self.choose(1, -1)], shape, tokens=x.tokens)
+        return found
+
+    def gemm(self, x: Tensor) -> Tensor:
+        out, turned = self.draw(st.integers(2, 8)), self.choose(0, 1)
+        weight = self.weight(*((out, x.channels) if turned else (x.channels, out)), share=True)
+        bias = self.choose([], [(out,)], [(1, out)], [()], [(1,)])
+        scales = {"alpha": self.choose(1.0, 0.5), "beta": self.choose(1.0, -2.0, 0.0)} if self.choose(True, False) else {}
+        operands = [x.name, weight, *(self.weight(*shape) for shape in bias)]
+        return self.add("Gemm", operands, (out,), transB=turned, **scales)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        op = self.choose("Softmax", "LayerNormalization")
+        scale = [self.weight(x.channels)] if op == "LayerNormalization" else []
+        return self.add(str(op), [x.name, *scale], x.shape, tokens=x.tokens, axis=-1)
+
+    def joined(self, x: Tensor) -> Tensor:
+        others = [x] + [t for t in self.tensors if t.shape == x.shape and t.tokens == x.tokens]
+        other = self.choose(*others)
+        return self.add(str(self.choose("Add", "Add", "Mul", "Sub", "Max")), [x.name, other.name], x.shape, tokens=x.tokens)
+
+    def gated(self, x: Tensor) -> Tensor:
+        pooled = self.add("GlobalAveragePool", [x.name], (x.channels, 1, 1))
+        gate = self.add("Conv", [pooled.name, self.weight(x.channels, x.channels, 1, 1)], (x.channels, 1, 1))
+        return self.add("Mul", [x.name, self.add("Sigmoid", [gate.name], gate.shape).name], x.shape)
+
+    def residual(self, x: Tensor) -> Tensor:
+        inner = self.step(self.step(x))
+        if inner.is_map and x.is_map and inner.shape[1:] == x.shape[1:]:
+            inner = self.add("Conv", [inner.name, self.weight(x.channels, inner.channels, 1, 1)], x.shape)
+        elif inner.shape[:-1] == x.shape[:-1] and inner.tokens == x.tokens and not x.is_map:
+            inner = self.add("MatMul", [inner.name, self.weight(inner.channels, x.channels)], x.shape, tokens=x.tokens)
+        if inner.shape != x.shape or inner.tokens != x.tokens:
+            return inner
+        return self.add("Add", [inner.name, x.name], x.shape, tokens=x.tokens)
+
+    def step(self, x: Tensor) -> Tensor:
+        if x.is_map:
+            options = [
+                *[self.convolution, self.same_convolution, self.activation] * 3,
+                *[self.depthwise, self.transposed, self.normalisation, self.pool, self.flat, self.averaged],
+                *[self.channels_last, self.joined, self.gated, self.residual],
+            ]
+        elif x.tokens:
+            options = [
+                *[self.product, self.activation] * 3,
+                self.channels_first,
+                self.joined,
+                self.normalised,
+                self.residual,
+            ]
+        else:
+            options = [*[self.gemm, self.product, self.activation] * 3, self.joined, self.normalised, self.residual]
+        found = self.draw(st.sampled_from(options))(x)
+        return found if np.prod(found.shape) <= 600 else self.averaged(found) if found.is_map else x
+
+    def output(self, x: Tensor) -> Tensor:
+        """A head: mostly something that reads units, at times whatever is there."""
+        if not self.choose(True, True, True, False):
+            return x
+        return self.convolution(x) if x.is_map else self.product(x)
+
+
+@st.composite
+def networks(draw: Callable[[st.SearchStrategy], object]) -> onnx.ModelProto:
+    network = Network(draw, np.random.default_rng(draw(st.integers(0, 2**16))))
+    start = network.choose(
+        Tensor("x", (3, 6, 6)), Tensor("x", (2, 5, 4)), Tensor("x", (4,)), Tensor("x", (3, 4), tokens=True)
+    )
+    tensors, wide = [start], network.choose(True, False)
+    for _ in range(draw(st.integers(3, 9))):
+        # Mostly on from the last tensor; at times a branch begins at an earlier one.
+        tensors.append(network.step(tensors[-1] if network.choose(True, True, True, False) else network.choose(*tensors)))
+    heads = {t.name: t for t in [network.output(tensors[-1]), *([network.output(network.choose(*tensors))] if wide else [])]}
+    heads.pop("x", None)
+    if not heads:
+        last = network.product(network.flat(start))
+        heads = {last.name: last}
+    float32 = TensorProto.FLOAT
+    graph = helper.make_graph(
+        network.nodes,
+        "generated",
+        [helper.make_tensor_value_info("x", float32, ["N", *start.shape])],
+        [helper.make_tensor_value_info(t.name, float32, ["N", *t.shape]) for t in heads.values()],
+        [numpy_helper.from_array(array, name) for name, array in network.stored.items()],
+    )
+    opset = helper.make_opsetid("", draw(st.sampled_from([17, 18, 20, 21])))
+    return helper.make_model(graph, opset_imports=[opset], ir_version=10)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(source=networks(), kind=st.sampled_from(KINDS), share=st.floats(0.0, 1.0), seed=st.integers(0, 2**16))
+def test_compiled_is_dense_under_the_plan(source: onnx.ModelProto, kind: str, share: float, seed: int):
+    onnx.checker.check_model(source, full_check=True)
+    dense = canonical(source)
+    before = ir.to_proto(dense).SerializeToString(deterministic=True)
+    plan = plan_for(dense, kind, np.random.default_rng(seed), lambda size: max(1, round(share * size)))
+    compiled = rewrite(dense, plan)
+    assert ir.to_proto(dense).SerializeToString(deterministic=True) == before
+    proto = ir.to_proto(compiled.model)
+    onnx.checker.check_model(proto, full_check=True)
+    assert (proto.graph.input, proto.graph.output) == (source.graph.input, source.graph.output)
+    event(f"{len(plan.sites)} sites")
+    if not plan.sites:
+        return
+    ranks = {tensor: len(shape) for tensor, shape in read_scm(dense).shapes.items()}
+    pair = make_pair(dense, compiled.model, plan, ranks, compiled.alignment)
+    samples = Samples(dict(inputs(dense, samples=SAMPLES, seed=seed)), None, "generated")
+    assert fold_error(pair, plan, samples, SAMPLES) <= FOLD_TOLERANCE
+    for site in plan.sites:
+        left = compiled.alignment.get(site.tensor, np.arange(site.size))
+        event("cut" if len(left) < site.size else "whole")
+        assert len(left) <= len(site.kept) + 1, "more than a carrier was left"

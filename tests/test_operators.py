@@ -1,0 +1,726 @@
+"""Laws of the operator table: every declared operator is run, and what it does is what its axis signature says.
+
+`EXAMPLES` enumerates the branches of each declaration; the laws are written once and hold for every example, in
+onnxruntime and in onnx's reference evaluator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from mscompile.operators import DIALECT, OPERATORS, OUT, NodeView, Port, Signature, declared, signature
+from mscompile.operators.axes import Barrier
+from mscompile.scm import infer_shapes
+
+Array = np.ndarray[Any, Any]
+Arrays = list[Array | None]
+
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+"""Sums of some dozen float32 products of numbers around 1, taken in another order."""
+LOUD = 50.0
+"""Far outside the data: a channel that can reach an output element does so, through a maximum and a minimum as well."""
+IR_VERSION = 10
+OPSET = 21
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input: its shape, whether it is computed (else a parameter), and how its values are drawn."""
+
+    shape: tuple[int, ...]
+    live: bool = True
+    dtype: str = "float32"
+    low: float = -2.0
+    given: tuple[float, ...] | None = None
+
+    def draw(self, rng: np.random.Generator) -> Array:
+        if self.given is not None:
+            return np.array(self.given, dtype=self.dtype).reshape(self.shape)
+        if self.dtype == "bool":
+            return rng.random(self.shape) < 0.5
+        return rng.uniform(self.low, 2.0, self.shape).astype(self.dtype)
+
+
+def x(*shape: int, **how: Any) -> Operand:
+    """Computed tensor."""
+    return Operand(shape, **how)
+
+
+def w(*shape: int, **how: Any) -> Operand:
+    """Parameter."""
+    return Operand(shape, live=False, **how)
+
+
+def ints(*values: int) -> Operand:
+    """Integer parameter with these values."""
+    return Operand((len(values),), live=False, dtype="int64", given=values)
+
+
+def switch(value: float, dtype: str = "float32", *, live: bool = False) -> Operand:
+    """Scalar with this value."""
+    return Operand((), live=live, dtype=dtype, given=(value,))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A node: operator, operands (None where absent), attributes, opset."""
+
+    op: str
+    operands: tuple[Operand | None, ...]
+    attributes: tuple[tuple[str, Any], ...]
+    opset: int
+
+    def __str__(self) -> str:
+        shapes = ",".join("-" if o is None else ("" if o.live else "w") + "x".join(map(str, o.shape)) for o in self.operands)
+        given = [o.given for o in self.operands if o is not None and o.given]
+        attributes = ",".join(f"{k}={v}".replace(" ", "") for k, v in self.attributes)
+        return f"{self.op}({shapes}){given or ''}{attributes}@{self.opset}".replace(" ", "")
+
+    def view(self, batch: str | None = None) -> NodeView:
+        """The node as declarations see it; the sample axis is named `batch` if that is given."""
+        size = next((o.shape[0] for o in self.operands if o is not None and o.live and o.shape), None)
+        inputs, stored = [], []
+        for i, operand in enumerate(self.operands):
+            if operand is None:
+                continue
+            if operand.live:
+                shape: list[Any] = list(operand.shape)
+                if batch is not None and shape and shape[0] == size > 1:
+                    shape[0] = batch
+                kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(operand.dtype))
+                inputs.append(onnx.helper.make_tensor_value_info(f"i{i}", kind, shape))
+            else:
+                stored.append(onnx.numpy_helper.from_array(operand.draw(np.random.default_rng(i)), f"i{i}"))
+        model = ir.from_proto(_model(self, dict(self.attributes), inputs, stored))
+        return NodeView(model.graph[0], infer_shapes(model), self.opset)
+
+    @cached_property
+    def declared(self) -> Signature | str:
+        return signature(self.view())
+
+    @property
+    def signature(self) -> Signature:
+        assert isinstance(self.declared, Signature), self.declared
+        return self.declared
+
+    def draw(self, seed: int) -> Arrays:
+        rng = np.random.default_rng(seed)
+        return [None if o is None else o.draw(rng) for o in self.operands]
+
+
+def ex(op: str, *operands: Operand | None, opset: int = OPSET, **attributes: Any) -> Example:
+    return Example(op, operands, tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in attributes.items()), opset)
+
+
+def _model(example: Example, attributes: Mapping[str, Any], inputs: Sequence[Any], stored: Sequence[Any]) -> onnx.ModelProto:
+    names = ["" if o is None else f"i{i}" for i, o in enumerate(example.operands)]
+    node = onnx.helper.make_node(example.op, names, ["o0"], **attributes)
+    kind = attributes.get("to", onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_tensor_value_info("o0", kind, None)], stored)
+    opset = onnx.helper.make_opsetid("", example.opset)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+
+
+@cache
+def _loaded(example: Example, attributes: tuple[tuple[str, Any], ...], runtime: type) -> Any:
+    """The node with every operand as a graph input of free size."""
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            f"i{i}", onnx.helper.np_dtype_to_tensor_dtype(np.dtype(o.dtype)), [None] * len(o.shape)
+        )
+        for i, o in enumerate(example.operands)
+        if o is not None
+    ]
+    model = _model(example, dict(attributes), inputs, ())
+    if runtime is onnx.reference.ReferenceEvaluator:
+        return runtime(model)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return runtime(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+REFERENCE_GAPS: Mapping[str, Callable[[Example], bool]] = {
+    "BatchNormalization": lambda e: e.opset < 14,  # takes batch statistics
+    "ConvTranspose": lambda e: "output_shape" in dict(e.attributes),
+    "GlobalMaxPool": lambda e: len(e.operands[0].shape) == 3,  # drops the position axis
+    "LogSoftmax": lambda e: e.opset < 13,  # normalises over one axis, as from opset 13 on
+    "Mean": lambda e: len(e.operands) == 2 and e.operands[0].shape != e.operands[1].shape,  # adds in place
+    "Softmax": lambda e: e.opset < 13,
+}
+"""Examples that the reference evaluator cannot run, or computes otherwise than the standard says."""
+
+
+def run(example: Example, arrays: Arrays, **changed: Any) -> Array:
+    """Output of the node in onnxruntime, after the reference evaluator has agreed with it."""
+    feed = {f"i{i}": a for i, a in enumerate(arrays) if a is not None}
+    attributes = tuple((dict(example.attributes) | changed).items())
+    found = _loaded(example, attributes, ort.InferenceSession).run(None, feed)[0]
+    if not REFERENCE_GAPS.get(example.op, lambda _: False)(example):
+        wanted = _loaded(example, attributes, onnx.reference.ReferenceEvaluator).run(None, feed)[0]
+        np.testing.assert_allclose(found, wanted, **ROUNDING)
+    return found
+
+
+_PLAIN = """Relu LeakyRelu ThresholdedRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Mish Tanh Softplus Softsign
+Gelu Erf Exp Abs Neg Sign Floor Ceil Round Sin Cos Identity"""
+_POSITIVE = "Log Sqrt Reciprocal"
+_VARIADIC = "Min Max Mean Sum"
+_REDUCTIONS = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceProd ReduceLogSumExp"
+
+
+def _broadcasts(op: str) -> Iterator[Example]:
+    how = {"low": 0.5} if op in ("Div", "Pow") else {}
+    yield ex(op, x(2, 3, 4, **how), x(2, 3, 4, **how))
+    yield ex(op, x(2, 3, 4, **how), w(3, 1, **how))
+    yield ex(op, w(4, **how), x(2, 3, 4, **how))
+    yield ex(op, x(2, 3, 1, **how), x(2, 1, 4, **how))
+    yield ex(op, x(2, 3, 4, **how), w(**how))
+    yield ex(op, x(2, 3, **how), w(5, 1, 1, **how))
+    yield ex(op, x(2, 1, **how), w(5, **how))
+    yield ex(op, x(2, 3, 4, **how), w(3, 4, **how), opset=11)
+
+
+def _reductions(op: str) -> Iterator[Example]:
+    how = {"low": 0.5}
+    old = 11 if op == "ReduceSum" else 13
+    for keepdims in (0, 1):
+        yield ex(op, x(2, 3, 4, 5, **how), opset=old, axes=[2, 3], keepdims=keepdims)
+        yield ex(op, x(2, 3, 4, 5, **how), ints(-1, 2), keepdims=keepdims)
+        yield ex(op, x(2, 3, 4, **how), ints(1), keepdims=keepdims)
+    yield ex(op, x(2, 3, 4, **how), ints(-1))
+    yield ex(op, x(2, 3, 4, **how), opset=old, axes=[-2])
+    yield ex(op, x(2, 3, 4, **how))
+    yield ex(op, x(2, 3, 4, **how), opset=old)
+    if op in ("ReduceMean", "ReduceSum"):
+        yield ex(op, x(2, 3, 4, **how), noop_with_empty_axes=1)
+        yield ex(op, x(2, 3, 4, **how), ints(1), noop_with_empty_axes=1)
+
+
+def _pools(op: str) -> Iterator[Example]:
+    yield ex(op, x(2, 3, 6, 6), kernel_shape=[2, 2])
+    yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], strides=[2, 2])
+    yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    yield ex(op, x(2, 3, 6, 6), kernel_shape=[2, 2], pads=[0, 1, 1, 0], strides=[2, 2])
+    yield ex(op, x(2, 3, 5, 5), kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+    yield ex(op, x(2, 3, 5, 5), kernel_shape=[3, 3], auto_pad="SAME_UPPER", strides=[2, 2])
+    yield ex(op, x(2, 3, 5, 5), kernel_shape=[3, 3], auto_pad="VALID")
+    yield ex(op, x(2, 3, 7), kernel_shape=[3])
+    yield ex(op, x(2, 3, 7, 7), kernel_shape=[2, 2], dilations=[2, 3])
+    if op == "AveragePool":
+        yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], count_include_pad=1)
+        yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1)
+        yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], pads=[0, 1, 0, 0], count_include_pad=1, opset=13)
+        yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], auto_pad="SAME_LOWER", count_include_pad=1)
+        yield ex(op, x(2, 3, 5, 5), kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1, count_include_pad=1)
+
+
+def _convolutions() -> Iterator[Example]:
+    c, b = (x(2, 3, 6, 6), w(4, 3, 3, 3)), w(4)
+    yield ex("Conv", *c, b)
+    yield ex("Conv", *c, opset=11)
+    yield ex("Conv", *c, b, pads=[1, 1, 1, 1])
+    yield ex("Conv", *c, pads=[0, 1, 0, 0])
+    yield ex("Conv", *c, b, strides=[2, 1])
+    yield ex("Conv", *c, b, strides=[2, 2], pads=[1, 0, 2, 1])
+    yield ex("Conv", *c, b, dilations=[2, 1])
+    yield ex("Conv", *c, b, dilations=[2, 2], pads=[2, 2, 2, 2])
+    yield ex("Conv", *c, b, auto_pad="SAME_UPPER", strides=[2, 2])
+    yield ex("Conv", *c, auto_pad="SAME_LOWER")
+    yield ex("Conv", *c, b, auto_pad="VALID", kernel_shape=[3, 3])
+    yield ex("Conv", x(2, 3, 7), w(4, 3, 3), b, group=1)
+    yield ex("Conv", x(2, 3, 4, 4, 4), w(2, 3, 2, 2, 2), w(2))
+    yield ex("Conv", x(2, 1, 6, 6), w(4, 1, 3, 3), b)
+    yield ex("Conv", x(2, 1, 6, 6), w(1, 1, 3, 3), pads=[1, 1, 1, 1], group=1)
+    yield ex("Conv", x(2, 3, 6, 6), x(4, 3, 3, 3), b)
+    yield ex("Conv", x(2, 3, 6, 6), w(4, 3, 3, 3), x(4))
+    d = (x(2, 3, 6, 6), w(3, 1, 3, 3))
+    yield ex("Conv", *d, group=3)
+    yield ex("Conv", *d, w(3), group=3, strides=[2, 2])
+    yield ex("Conv", *d, w(3), group=3, pads=[1, 1, 1, 1])
+    yield ex("Conv", *d, group=3, auto_pad="SAME_UPPER")
+    yield ex("Conv", *d, group=3, auto_pad="VALID", dilations=[2, 1])
+    t, b = (x(2, 3, 4, 4), w(3, 5, 3, 3)), w(5)
+    yield ex("ConvTranspose", *t, b)
+    yield ex("ConvTranspose", *t, opset=11)
+    yield ex("ConvTranspose", *t, b, strides=[2, 2])
+    yield ex("ConvTranspose", *t, b, strides=[2, 2], pads=[1, 1, 1, 1], output_padding=[1, 1])
+    yield ex("ConvTranspose", *t, pads=[0, 1, 0, 0])
+    yield ex("ConvTranspose", *t, b, dilations=[2, 1])
+    yield ex("ConvTranspose", x(2, 3, 5), w(3, 2, 3), strides=[2])
+    yield ex("ConvTranspose", *t, b, auto_pad="SAME_UPPER", strides=[2, 2])
+    yield ex("ConvTranspose", *t, strides=[2, 2], output_shape=[8, 8])
+
+
+def _products() -> Iterator[Example]:
+    for a in (0, 1):
+        for b in (0, 1):
+            left, right = (4, 2) if a else (2, 4), (5, 4) if b else (4, 5)
+            yield ex("Gemm", x(*left), w(*right), w(5), transA=a, transB=b)
+            yield ex("Gemm", x(*left), w(*right), transA=a, transB=b, alpha=0.5, beta=3.0)
+            yield ex("Gemm", w(*left), x(*right), w(2, 1), transA=a, transB=b)
+    for bias in (w(5), w(1, 5), w(), w(1), w(2, 5), w(2, 1), w(1, 1), x(5), x(2, 5)):
+        yield ex("Gemm", x(2, 4), w(4, 5), bias)
+        yield ex("Gemm", x(2, 4), w(5, 4), bias, transB=1, alpha=0.5, beta=-2.0)
+    yield ex("Gemm", x(2, 4), w(4, 5), w(5), beta=0.0)
+    yield ex("Gemm", x(2, 4), w(4, 5), beta=0.0)
+    yield ex("Gemm", x(2, 4), w(4, 1), w(1))
+    yield ex("Gemm", x(2, 1), w(1, 5), w(5))
+    yield ex("Gemm", x(2, 4), x(4, 5), opset=11)
+    yield ex("MatMul", x(2, 4), w(4, 5))
+    yield ex("MatMul", x(2, 3, 4), w(4, 5))
+    yield ex("MatMul", x(2, 3, 6, 4), w(4, 5), opset=11)
+    yield ex("MatMul", w(5, 3), x(3, 2))
+    yield ex("MatMul", w(5, 3), x(2, 3, 4))
+    yield ex("MatMul", x(2, 3, 4), w(2, 4, 5))
+    yield ex("MatMul", x(2, 3, 4), w(1, 4, 5))
+    yield ex("MatMul", x(1, 3, 4), w(2, 4, 5))
+    yield ex("MatMul", x(3, 4), w(2, 4, 5))
+    yield ex("MatMul", w(2, 5, 3), x(2, 3, 4))
+    yield ex("MatMul", x(2, 3, 4), x(2, 4, 3))
+    yield ex("MatMul", x(2, 5, 3, 4), x(5, 4, 3))
+    yield ex("MatMul", x(2, 1, 3, 4), x(5, 4, 3))
+
+
+def _normalisations() -> Iterator[Example]:
+    for op in ("Softmax", "LogSoftmax"):
+        yield ex(op, x(2, 3, 4))
+        yield ex(op, x(2, 3, 4), axis=1)
+        yield ex(op, x(2, 3, 4), axis=-3, opset=13)
+        yield ex(op, x(2, 3, 4), opset=12)
+        yield ex(op, x(2, 3, 4), axis=2, opset=12)
+        yield ex(op, x(2, 3, 4), axis=-1, opset=11)
+    scales = [((4,), {}), ((3, 4), {"axis": 1}), ((3, 4), {}), ((3, 1), {}), ((2, 1, 4), {}), ((1, 3, 1), {})]
+    for op, opset, biased in (("LayerNormalization", 17, 1), ("LayerNormalization", 21, 0), ("RMSNormalization", 23, 0)):
+        for shape, attributes in scales:
+            yield ex(op, x(2, 3, 4), *(w(*shape) for _ in range(1 + biased)), opset=opset, **attributes)
+    for shape in ((2, 3), (2, 3, 5), (2, 3, 4, 5)):
+        for opset in (9, 14, 15):
+            yield ex("BatchNormalization", x(*shape), w(3), w(3), w(3), w(3, low=0.5), opset=opset)
+    yield ex("BatchNormalization", x(2, 3, 4), w(3), w(3), w(3), w(3, low=0.5), epsilon=0.1, training_mode=0)
+    yield ex("InstanceNormalization", x(2, 3, 5), w(3), w(3))
+    yield ex("InstanceNormalization", x(2, 3, 4, 4), w(3), w(3), epsilon=0.1)
+
+
+CAUTIOUS = [
+    ex("Conv", x(2, 3, 6, 6), w(4, 3, 1, 1), w(4)),
+    ex("ConvTranspose", x(2, 3, 5), w(3, 2, 2), strides=[2]),
+]
+"""Nothing is mixed between positions, and no border seen, where each position has a tap of its own; not told apart."""
+
+
+def _movements() -> Iterator[Example]:
+    yield ex("Transpose", x(2, 3, 4))
+    yield ex("Transpose", x(2, 3, 4, 5), perm=[0, 2, 3, 1])
+    for axis in (0, 1, 2, 3, -1):
+        yield ex("Flatten", x(2, 3, 4, 5), axis=axis)
+    yield ex("Flatten", x(2, 3, 1, 1))
+    yield ex("Flatten", x(2, 3))
+    yield ex("Squeeze", x(2, 3, 1, 1), opset=11, axes=[2, -1])
+    yield ex("Squeeze", x(2, 3, 1, 1), ints(3))
+    yield ex("Unsqueeze", x(2, 3), opset=11, axes=[0, 2])
+    yield ex("Unsqueeze", x(2, 3), ints(-1, 1))
+    for target in (
+        (0, -1),
+        (2, -1),
+        (-1, 24),
+        (2, 24),
+        (0, 0, 4, 2),
+        (0, 3, 8),
+        (2, 3, -1),
+        (-1, 3, 4, 2),
+        (0, -1, 8),
+        (0, 12, 2),
+        (6, 8),
+        (2, 3, 1, 4, 2),
+        (1, 2, 3, 8),
+        (2, 4, 3, 2),
+        (-1,),
+    ):
+        yield ex("Reshape", x(2, 3, 4, 2), ints(*target))
+    yield ex("Reshape", x(2, 3, 4, 2), ints(2, 3, 8), allowzero=1)
+    yield ex("Reshape", x(2, 3, 4, 2), ints(0, -1), opset=13)
+    yield ex("Reshape", x(2, 12), ints(0, 3, 4))
+    yield ex("Reshape", x(2, 1, 3), ints(2, 3, 1))
+    yield ex("Reshape", x(6, 3), ints(-1, 2, 3))
+
+
+EXAMPLES = [
+    *(ex(op, x(2, 3, 4)) for op in _PLAIN.split()),
+    *(ex(op, x(2, 3, 4, low=0.5)) for op in _POSITIVE.split()),
+    ex("LeakyRelu", x(2, 3), alpha=0.3, opset=11),
+    ex("Gelu", x(2, 3), approximate="tanh"),
+    ex("Swish", x(2, 3, 4), opset=24),
+    ex("Clip", x(2, 3, 4), switch(-1.0), switch(1.0)),
+    ex("Clip", x(2, 3, 4), None, switch(1.0), opset=11),
+    ex("Clip", x(2, 3, 4), switch(-1.0, live=True)),
+    ex("Clip", x(2, 3, 4), min=0.0, max=1.0, opset=7),
+    ex("Cast", x(2, 3, 4), to=onnx.TensorProto.INT32),
+    ex("Cast", x(2, 3, 4), to=onnx.TensorProto.DOUBLE, opset=13),
+    ex("Dropout", x(2, 3, 4), opset=7),
+    ex("Dropout", x(2, 3, 4), opset=11, ratio=0.9),
+    ex("Dropout", x(2, 3, 4), switch(0.9)),
+    ex("Dropout", x(2, 3, 4), switch(0.9), switch(0, "bool")),
+    *(e for op in ("Add", "Sub", "Mul", "Div", "Pow", *_VARIADIC.split()) for e in _broadcasts(op)),
+    *(ex(op, x(2, 3, 4), w(3, 1), x(2, 1, 4)) for op in _VARIADIC.split()),
+    *(ex(op, x(2, 3, 4)) for op in _VARIADIC.split()),
+    ex("PRelu", x(2, 3, 4), w(3, 1)),
+    ex("PRelu", x(2, 3, 4), w(1)),
+    ex("PRelu", x(2, 3), w(3), opset=11),
+    ex("PRelu", x(2, 3, 4), w(1, 3, 1)),
+    ex("PRelu", x(2, 3, 4), x(2, 3, 4)),
+    ex("Where", x(2, 3, 4, dtype="bool"), x(2, 3, 4), x(2, 3, 4)),
+    ex("Where", w(3, 1, dtype="bool"), x(2, 3, 4), w(4)),
+    ex("Where", x(2, 1, 4, dtype="bool"), x(2, 3, 1), switch(0.0)),
+    *(e for op in _REDUCTIONS.split() for e in _reductions(op)),
+    *(e for op in ("MaxPool", "AveragePool") for e in _pools(op)),
+    *(ex(op, x(2, 3, *spatial)) for op in ("GlobalMaxPool", "GlobalAveragePool") for spatial in ((4,), (4, 5))),
+    *_convolutions(),
+    *_products(),
+    *_normalisations(),
+    *_movements(),
+    *CAUTIOUS,
+]
+
+REFUSED = [
+    (ex("Dropout", x(2, 3), switch(0.5), switch(1, "bool")), "may be in training mode"),
+    (ex("Dropout", x(2, 3), switch(0.5), switch(0, "bool", live=True)), "may be in training mode"),
+    (ex("BatchNormalization", x(2, 3), w(3), w(3), w(3), w(3, low=0.5), training_mode=1), "is in training mode"),
+    (ex("BatchNormalization", x(2), w(1), w(1), w(1), w(1, low=0.5)), "its input has no channel axis"),
+    (ex("ReduceMean", x(2, 3), Operand((1,), dtype="int64")), "its axes are computed"),
+    (ex("Reshape", x(2, 3), Operand((2,), dtype="int64")), "computes its target shape"),
+    (ex("Conv", x(2, 4, 5, 5), w(6, 2, 3, 3), group=2), "is a convolution in 2 groups"),
+    (ex("Conv", x(2, 3, 5, 5), w(6, 1, 3, 3), group=3), "is a convolution in 3 groups"),
+    (ex("ConvTranspose", x(2, 4, 5, 5), w(4, 3, 3, 3), group=2), "is a transposed convolution in groups"),
+    (ex("MatMul", x(2, 3, 4), w(4)), "its operands are not matrices of known rank"),
+    (ex("Squeeze", x(2, 3, 1, 1)), "squeezes every axis of size 1, whichever these are"),
+    (ex("Tan", x(2, 3)), "has no declaration"),
+]
+
+every_example = pytest.mark.parametrize("example", EXAMPLES, ids=str)
+
+
+def examples(select: Callable[[Signature], object]) -> pytest.MarkDecorator:
+    """The examples whose signature has something; there must be some."""
+    found = [e for e in EXAMPLES if isinstance(e.declared, Signature) and select(e.declared)]
+    assert found
+    return pytest.mark.parametrize("example", found, ids=str)
+
+
+def test_every_operator_has_examples():
+    # The compiler's own operators are none of a runtime: they are tested with the passes.
+    channels = {row.name for row in OPERATORS.values() if row.domain != DIALECT and not isinstance(row.declare, Barrier)}
+    assert {e.op for e in EXAMPLES} == channels
+
+
+@pytest.mark.parametrize(("example", "reason"), REFUSED, ids=lambda v: str(v) if isinstance(v, Example) else "")
+def test_refusals_say_why(example: Example, reason: str):
+    assert example.declared == reason
+
+
+def test_operators_of_other_domains_are_not_taken_for_standard_ones():
+    node = ir.node("Relu", [ir.Value(name="a")], domain="com.example")
+    assert signature(NodeView(node, {"a": (2, 3)}, OPSET)) == "has no declaration (domain com.example)"
+
+
+@pytest.mark.parametrize("operator", sorted({e.op for e in EXAMPLES} - {"ConvTranspose"}))
+def test_unknown_shapes_make_a_barrier(operator: str):
+    # A transposed convolution has its channels on the same axes whatever its rank.
+    values = [ir.Value(name=f"i{i}") for i in range(5)]
+    found = signature(NodeView(ir.node(operator, values), {}, OPSET))
+    assert isinstance(found, str)
+
+
+# --- the laws ---------------------------------------------------------------------------------------------------------
+
+
+def inputs_of(link: Sequence[Port]) -> list[Port]:
+    return [port for port in link if port[0] >= 0]
+
+
+def output_axis(link: Sequence[Port]) -> int | None:
+    return next((axis for operand, axis in link if operand == OUT), None)
+
+
+def across(array: Array, axis: int) -> Array:
+    """[channels, everything else]."""
+    moved = np.moveaxis(array, axis, 0)
+    return moved.reshape(len(moved), -1)
+
+
+def put(array: Array, axis: int, channel: int, value: Any) -> Array:
+    """Copy with one channel set."""
+    changed = array.copy()
+    np.moveaxis(changed, axis, 0)[channel] = value
+    return changed
+
+
+@every_example
+def test_ports_are_axes_that_run_in_step(example: Example):
+    arrays, found = example.draw(0), example.signature
+    shapes = {i: a.shape for i, a in enumerate(arrays) if a is not None} | {OUT: run(example, arrays).shape}
+    for link in found.links:
+        assert len({shapes[operand][axis] for operand, axis in link}) == 1
+    for move in found.moves:
+        assert shapes[move.target[0]][move.target[1]] == len(move.index)
+        assert shapes[move.source[0]][move.source[1]] == move.index.max() + 1
+    ports = [port for link in found.links for port in link]
+    assert len(ports) == len(set(ports))
+    assert not set(ports) & {p for m in found.moves for p in (m.source, m.target)}
+
+
+@every_example
+def test_a_channel_reaches_its_own_channel_only(example: Example):
+    arrays, others = example.draw(1), example.draw(2)
+    before = run(example, arrays)
+    for link in example.signature.links:
+        axis, ports = output_axis(link), inputs_of(link)
+        if axis is None or not ports or before.shape[axis] == 1:
+            continue
+        reached = []
+        for channel in range(before.shape[axis]):
+            changed = list(arrays)
+            for operand, a in ports:
+                changed[operand] = put(changed[operand], a, channel, np.take(others[operand], channel, axis=a))
+            differs = across(run(example, changed) != before, axis).any(axis=1)
+            assert not np.delete(differs, channel).any(), f"channel {channel} of {link}"
+            reached.append(differs[channel])
+        assert any(reached), f"{link} carries nothing"
+
+
+def selected(example: Example, arrays: Arrays, link: Sequence[Port], left: Array) -> tuple[Arrays, dict[str, Any]]:
+    """Operands and attributes with only the channels `left` of a link."""
+    changed, found, axis = list(arrays), example.signature, output_axis(link)
+    for operand, a in inputs_of(link):
+        changed[operand] = np.take(changed[operand], left, axis=a)
+    for size in found.sizes:
+        if size.axis == axis:
+            changed[size.operand] = changed[size.operand].copy()
+            changed[size.operand][size.position] = len(left)
+    return changed, {name: len(left) for name, a in found.counts if a == axis}
+
+
+@every_example
+def test_selecting_channels_selects_them_in_the_output(example: Example):
+    arrays = example.draw(3)
+    whole = run(example, arrays)
+    for link in example.signature.links:
+        axis = output_axis(link)
+        if axis is None or not inputs_of(link) or whole.shape[axis] == 1:
+            continue
+        for left in (np.arange(whole.shape[axis] - 1), np.array([whole.shape[axis] - 1])):
+            changed, counts = selected(example, arrays, link, left)
+            np.testing.assert_allclose(run(example, changed, **counts), np.take(whole, left, axis=axis), **ROUNDING)
+
+
+@examples(lambda s: s.moves)
+def test_moves_put_channels_where_the_index_says(example: Example):
+    arrays = example.draw(4)
+    (data,) = [a for o, a in zip(example.operands, arrays, strict=True) if o is not None and o.live]
+    for move in example.signature.moves:
+        numbers = np.indices(data.shape)[move.source[1]].astype(data.dtype)
+        found = across(run(example, [numbers, *arrays[1:]]), move.target[1])
+        np.testing.assert_array_equal(found, np.broadcast_to(move.index[:, None], found.shape))
+        left = np.arange(1, data.shape[move.source[1]])
+        if not len(left):
+            continue
+        wanted = np.take(run(example, arrays), np.flatnonzero(np.isin(move.index, left)), axis=move.target[1])
+        sizes = [s for s in example.signature.sizes if s.axis == move.target[1]]
+        changed = [np.take(data, left, axis=move.source[1]), *arrays[1:]]
+        for size in sizes:
+            changed[size.operand] = put(changed[size.operand], 0, size.position, wanted.shape[move.target[1]])
+        np.testing.assert_array_equal(run(example, changed), wanted)
+
+
+@examples(lambda s: s.moving)
+def test_movement_keeps_every_value(example: Example):
+    arrays = example.draw(5)
+    assert arrays[0] is not None
+    arrays[0] = np.arange(arrays[0].size, dtype=np.float32).reshape(arrays[0].shape)
+    np.testing.assert_array_equal(np.sort(run(example, arrays), axis=None), arrays[0].ravel())
+
+
+@examples(lambda s: s.additive)
+def test_additive_operators_add(example: Example):
+    arrays = example.draw(6)
+    np.testing.assert_allclose(run(example, arrays), sum(a for a in arrays if a is not None), **ROUNDING)
+
+
+@examples(lambda s: any(output_axis(link) is None for link in s.links))
+def test_a_channel_with_zero_weights_is_not_read(example: Example):
+    arrays = example.draw(7)
+    for link in example.signature.links:
+        if output_axis(link) is not None:
+            continue
+        for channel in range(arrays[link[0][0]].shape[link[0][1]]):
+            results = []
+            for operand, axis in link:
+                zeroed = list(arrays)
+                zeroed[operand] = put(zeroed[operand], axis, channel, 0.0)
+                results.append(run(example, zeroed))
+            gone = list(arrays)
+            for operand, axis in link:
+                gone[operand] = np.delete(gone[operand], channel, axis=axis)
+            if all(a is None or a.size for a in gone):
+                results.append(run(example, gone))
+            for other in results[1:]:
+                np.testing.assert_allclose(other, results[0], **ROUNDING)
+
+
+def created(found: Signature) -> tuple[int, int]:
+    """Weight axis and output axis of the channels that a linear operator creates."""
+    (link,) = [li for li in found.links if found.linear.weight in dict(li) and OUT in dict(li)]
+    return dict(link)[found.linear.weight], dict(link)[OUT]
+
+
+def linear_operands(example: Example, seed: int) -> tuple[Arrays, Array, Array]:
+    """Operands with any bias zero, the data, and the weight."""
+    linear, arrays = example.signature.linear, example.draw(seed)
+    arrays = [a if a is None or i in (linear.data, linear.weight) else np.zeros_like(a) for i, a in enumerate(arrays)]
+    return arrays, arrays[linear.data], arrays[linear.weight]
+
+
+@examples(lambda s: s.linear)
+def test_linear_operators_are_linear_in_data_and_weight(example: Example):
+    linear = example.signature.linear
+    arrays, data, weight = linear_operands(example, 8)
+    _, other_data, other_weight = linear_operands(example, 9)
+    for operand, one, other in ((linear.data, data, other_data), (linear.weight, weight, other_weight)):
+
+        def at(array: Array, operand: int = operand) -> Array:
+            return run(example, [array if i == operand else a for i, a in enumerate(arrays)])
+
+        np.testing.assert_allclose(at(one + 2 * other), at(one) + 2 * at(other), **ROUNDING)
+
+
+@examples(lambda s: s.linear)
+def test_the_response_to_a_constant_channel_is_a_bias_unless_there_is_a_border(example: Example):
+    found = example.signature
+    arrays, data, weight = linear_operands(example, 10)
+    weight_axis, out_axis = created(found)
+    (read,) = [dict(link) for link in found.links if found.linear.data in dict(link) and OUT not in dict(link)]
+    for channel in range(data.shape[read[found.linear.data]]):
+        arrays[found.linear.data] = put(np.zeros_like(data), read[found.linear.data], channel, 1.0)
+        response = across(run(example, arrays), out_axis)
+        taps = np.moveaxis(weight, (weight_axis, read[found.linear.weight]), (0, 1))[:, channel]
+        wanted = found.linear.gain * taps.reshape(len(taps), -1).sum(axis=1, keepdims=True)
+        even = np.allclose(response, wanted, **ROUNDING)
+        assert even != found.linear.border or (even and example in CAUTIOUS)
+
+
+@examples(lambda s: s.linear and s.linear.bias is not None)
+def test_a_bias_adds_to_the_created_channels(example: Example):
+    found = example.signature
+    arrays, _, weight = linear_operands(example, 11)
+    weight_axis, out_axis = created(found)
+    before = run(example, arrays)
+    operand, size = found.linear.bias, weight.shape[weight_axis]
+    vector = np.linspace(-1.0, 1.0, size, dtype=np.float32)
+    absent = operand >= len(arrays) or arrays[operand] is None
+    arrays = [*arrays, None][: max(len(arrays), operand + 1)]
+    arrays[operand] = vector if absent else vector.reshape(arrays[operand].shape)
+    biased = ex(example.op, *example.operands[:operand], w(*arrays[operand].shape), opset=example.opset)
+    biased = Example(biased.op, biased.operands, example.attributes, biased.opset)
+    shift = across(run(biased, arrays) - before, out_axis)
+    wanted = found.linear.bias_gain * vector[:, None]
+    np.testing.assert_allclose(shift, np.broadcast_to(wanted, shift.shape), **ROUNDING)
+
+
+@every_example
+def test_constants_stay_constant_unless_guarded(example: Example):
+    """Operands that vary along one link only give an output that varies along it only, unless the signature denies it."""
+    found = example.signature
+    guarded = not found.steady or (found.linear is not None and found.linear.border)
+    uneven = []
+    for link in found.links:
+        axis, ports = output_axis(link), dict(inputs_of(link))
+        if axis is None or not any(example.operands[operand].live for operand in ports):
+            continue
+        rng, arrays = np.random.default_rng(12), []
+        for i, operand in enumerate(example.operands):
+            if operand is None or operand.given is not None:
+                arrays.append(None if operand is None else operand.draw(rng))
+                continue
+            # Multiples of 1/8 are added and averaged without rounding.
+            levels = rng.integers(max(1, 8 * operand.low), 17, operand.shape[ports[i]] if i in ports else 1) / 8
+            shape = [-1 if a == ports.get(i) else 1 for a in range(len(operand.shape))]
+            arrays.append(np.array(np.broadcast_to(levels.reshape(shape), operand.shape), dtype=operand.dtype))
+        out = across(run(example, arrays).astype(np.float64), axis)
+        uneven.append(not np.allclose(out, out[:, :1], **ROUNDING))
+    assert any(uneven) == guarded or (guarded and example in CAUTIOUS)
+
+
+@every_example
+def test_axes_in_no_link_mix_their_channels(example: Example):
+    """Barriers are real: two channels of such an axis, or of a contracted one, reach one output element."""
+    found, arrays = example.signature, example.draw(13)
+    passing = {p for link in found.links if output_axis(link) is not None for p in link} | {m.source for m in found.moves}
+    before = run(example, arrays)
+    for i, operand in enumerate(example.operands):
+        if operand is None or not operand.live or found.moving:
+            continue
+        for axis, size in enumerate(operand.shape):
+            if (i, axis) in passing or size == 1:
+                continue
+            reach = []
+            for channel in range(size):
+                changed = [put(arrays[i], axis, channel, np.array(v, operand.dtype)) for v in (LOUD, 1 / LOUD, -LOUD)]
+                outs = [run(example, [c if k == i else a for k, a in enumerate(arrays)]) for c in changed]
+                reach.append(np.any([out != before for out in outs], axis=0))
+            mixed = any((one & other).any() for one, other in combinations(reach, 2))
+            assert mixed or (example in CAUTIOUS and axis > 1), f"operand {i}, axis {axis}"
+
+
+def _sized(example: Example) -> bool:
+    """Whether the node has a sample axis, and no other axis of its output depends on that one's size."""
+    view = example.view(batch="N")
+    return any("N" in shape for shape in view.shapes.values()) and all(isinstance(d, int) for d in view.shape(OUT)[1:])
+
+
+@pytest.mark.parametrize("example", [*filter(_sized, EXAMPLES)], ids=str)
+def test_a_sample_axis_of_any_size_changes_no_other_link(example: Example):
+    """Links between axes other than the sample axis are found as well where its size is but a name."""
+    fixed, free = example.signature, signature(example.view(batch="N"))
+    assert isinstance(free, Signature)
+    at_samples = {(i, 0) for i, o in enumerate(example.operands) if o is not None and o.live}
+    kept = {link for link in fixed.links if not at_samples & set(link)}
+    assert kept <= set(free.links)
+    assert (free.steady, free.linear, free.moving, free.counts) == (fixed.steady, fixed.linear, fixed.moving, fixed.counts)
+
+
+def _counted(example: Example) -> bool:
+    """Whether multiply-accumulates are declared, and the example says how many zeros it pads with."""
+    attributes = dict(example.attributes)
+    padded = "output_shape" in attributes or attributes.get("auto_pad", "VALID") != "VALID"
+    return declared(example.view().node).macs is not None and not padded
+
+
+@pytest.mark.parametrize("example", [*filter(_counted, EXAMPLES)], ids=str)
+def test_products_of_ones_sum_to_their_multiply_accumulates(example: Example):
+    attributes = dict(example.attributes)
+    arrays = [None if a is None else np.full_like(a, i < 2) for i, a in enumerate(example.draw(0))]
+    unpadded = {}
+    if "pads" in attributes:
+        unpadded["pads"] = tuple(0 for _ in attributes["pads"])
+        if example.op == "Conv":  # zeros in the padding are multiplied as well; a transposed one pads its output
+            ends = np.reshape(attributes["pads"], (2, -1)).T.tolist()
+            arrays[0] = np.pad(arrays[0], [(0, 0), (0, 0), *ends], constant_values=1.0)
+    if "output_padding" in attributes:
+        unpadded["output_padding"] = tuple(0 for _ in attributes["output_padding"])
+    gain = example.signature.linear.gain if example.signature.linear else 1.0
+    view = example.view()
+    assert run(example, arrays, **unpadded).sum() == gain * declared(view.node).macs(view)

@@ -1,0 +1,578 @@
+"""Reverse mode: every rule against finite differences, whole networks against torch.
+
+`EXAMPLES` enumerates the branches of each rule; an example is run in every opset of `OPSETS` that it is valid in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from mscompile.operators import OPERATORS
+from mscompile.operators.backward import Builder
+from mscompile.reverse import Gradients, differentiate
+from mscompile.scm import infer_shapes
+
+Array = np.ndarray[Any, Any]
+
+OPSETS = (8, 9, 10, 11, 12, 13, 16, 17, 18, 20, 21, 22, 23, 24)
+FLOAT = object()
+"""Stands for the element type that an example is run in, as value of an attribute."""
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input: shape, whether its gradient is asked for, whether it is stored, and how its values are drawn."""
+
+    shape: tuple[int, ...]
+    wanted: bool = True
+    stored: bool = False
+    low: float = -2.0
+    high: float = 2.0
+    values: Array | None = None
+
+    def draw(self, rng: np.random.Generator) -> Array:
+        return rng.uniform(self.low, self.high, self.shape) if self.values is None else self.values
+
+
+def x(*shape: int, **how: Any) -> Operand:
+    """A tensor whose gradient is asked for."""
+    return Operand(shape, **how)
+
+
+def w(*shape: int, **how: Any) -> Operand:
+    """A parameter."""
+    return Operand(shape, wanted=False, stored=True, **how)
+
+
+def const(values: Any, dtype: str = "int64") -> Operand:
+    """A parameter with these values."""
+    array = np.array(values, dtype=dtype)
+    return Operand(array.shape, wanted=False, stored=True, values=array)
+
+
+def live(values: Any, dtype: str = "int64", *, wanted: bool = False) -> Operand:
+    """A computed tensor with these values."""
+    array = np.array(values, dtype=dtype)
+    return Operand(array.shape, wanted=wanted, values=array)
+
+
+def spread(*shape: int) -> Operand:
+    """A tensor whose values keep their order, and their side of any multiple of 0.25, when one of them moves by 0.1."""
+    values = np.random.default_rng(1).permutation(int(np.prod(shape))).reshape(shape)
+    return Operand(shape, values=(values - values.size // 2) * 0.25 + 0.125)
+
+
+def ties(*shape: int) -> Operand:
+    """A tensor with many equal values, all positive."""
+    return Operand(shape, values=np.random.default_rng(2).integers(1, 4, shape).astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A node: operator, operands (None where absent), attributes.
+
+    Attributes
+    ----------
+    since, until
+        First and last opset in which the node is valid and has a gradient.
+    outputs, seeded
+        Number of outputs, and those at which a gradient arrives.
+    """
+
+    op: str
+    operands: tuple[Operand | None, ...]
+    attributes: Mapping[str, Any]
+    since: int
+    until: int
+    outputs: int
+    seeded: tuple[int, ...]
+    domain: str
+
+    def __str__(self) -> str:
+        shapes = ",".join("-" if o is None else "x".join(map(str, o.shape)) or "()" for o in self.operands)
+        attributes = "".join(f",{k}={v}" for k, v in self.attributes.items())
+        return f"{self.op}({shapes}{attributes})@{self.since}".replace(" ", "")
+
+    @property
+    def opsets(self) -> list[int]:
+        return [opset for opset in OPSETS if self.since <= opset <= self.until]
+
+    @property
+    def wanted(self) -> list[int]:
+        return [i for i, o in enumerate(self.operands) if o is not None and o.wanted]
+
+    def draw(self, dtype: Any) -> dict[int, Array]:
+        rng = np.random.default_rng(0)
+        arrays = {i: o.draw(rng) for i, o in enumerate(self.operands) if o is not None}
+        return {i: a.astype(dtype) if a.dtype.kind == "f" else a for i, a in arrays.items()}
+
+
+def ex(
+    op: str,
+    *operands: Operand | None,
+    since: int = 11,
+    until: int = 99,
+    outputs: int = 1,
+    seeded: tuple[int, ...] = (0,),
+    domain: str = "",
+    **attributes: Any,
+) -> Example:
+    return Example(op, operands, attributes, since, until, outputs, seeded, domain)
+
+
+_UNARY = "Sigmoid HardSigmoid Softplus Softsign Exp Abs Neg Sin Cos Identity Tanh Erf Relu Sinh Cosh Atan Asinh"
+_IMAGE = x(2, 3, 6, 5)
+
+EXAMPLES = [
+    # elementwise
+    *(ex(op, x(3, 4), since=9) for op in _UNARY.split()),
+    *(ex(op, x(3, 4, low=0.3), since=9) for op in ("Log", "Sqrt", "Reciprocal")),
+    *(ex(op, x(3, 4, low=-0.6, high=0.6), since=9) for op in ("Tan", "Asin", "Acos", "Atanh")),
+    ex("Acosh", x(3, 4, low=1.5), since=9),
+    *(ex(op, spread(3, 4), since=9) for op in ("LeakyRelu", "ThresholdedRelu", "Elu", "Selu")),
+    ex("LeakyRelu", spread(3, 4), since=9, alpha=0.3),
+    ex("ThresholdedRelu", spread(3, 4), since=10, alpha=0.5),
+    ex("Elu", spread(3, 4), since=9, alpha=0.5),
+    ex("Selu", spread(3, 4), since=9, alpha=1.2, gamma=0.8),
+    ex("Celu", x(3, 4), since=12),
+    ex("Celu", x(3, 4), since=12, alpha=0.5),
+    ex("HardSigmoid", x(3, 4), since=9, alpha=0.3, beta=0.4),
+    ex("HardSwish", x(3, 4, low=-5.0, high=5.0), since=14),
+    ex("Mish", x(3, 4), since=18),
+    ex("Swish", x(3, 4), since=24),
+    ex("Swish", x(3, 4), since=24, alpha=1.5),
+    ex("Gelu", x(3, 4), since=20),
+    ex("Gelu", x(3, 4), since=20, approximate="tanh"),
+    ex("Clip", spread(3, 4), since=9, until=10, min=-1.0, max=0.5),
+    ex("Clip", spread(3, 4), since=9, until=10, min=-1.0),
+    ex("Clip", spread(3, 4), since=11),
+    ex("Clip", spread(3, 4), const(-1.0, "float64"), const(0.5, "float64")),
+    ex("Clip", spread(3, 4), None, const(0.5, "float64")),
+    ex("Cast", x(3, 4), since=9, to=FLOAT),
+    ex("Dropout", x(3, 4), since=9, until=11, ratio=0.5),
+    ex("Dropout", x(3, 4), const(0.5, "float32"), const(False, "bool"), since=13),
+    ex("PRelu", spread(2, 3, 4), w(3, 1), since=9),
+    ex("PRelu", spread(2, 3, 4), x(3, 1), since=9),
+    *(ex(op, x(2, 3, 4), w(4), since=9) for op in ("Add", "Sub", "Mul")),
+    *(ex(op, x(2, 3, 4), x(3, 1), since=9) for op in ("Add", "Sub", "Mul")),
+    *(ex(op, x(3, 1), x(2, 1, 4), since=9) for op in ("Add", "Sub", "Mul", "Max", "Min")),
+    ex("Div", x(3, 1), x(2, 1, 4, low=0.5), since=9),
+    ex("Pow", x(3, 4), const(2.0, "float64"), since=9),
+    ex("Pow", x(3, 4, low=0.3), w(4), since=9),
+    ex("Pow", x(3, 4), const(3), since=12),
+    ex("Pow", x(2, 3, 4, low=0.3), x(3, 1), since=9),
+    ex("Pow", w(3, 4, low=0.3), x(4), since=9),
+    ex("Max", x(3, 4), w(3, 4), x(4), since=9),
+    ex("Max", x(3, 4), x(3, 4), x(4), since=9),
+    ex("Min", w(3, 4), x(3, 4), x(4), since=9),
+    ex("Mean", x(3, 4), w(3, 4), x(4), since=9),
+    ex("Sum", x(3, 4), w(3, 4), x(4), since=9),
+    ex("Sum", x(3, 4), since=9),
+    ex("Where", live([[True, False, True]], "bool"), x(2, 3), x(1, 3), since=9),
+    ex("Where", live([[True], [False]], "bool"), x(3), w(2, 3), since=9),
+    # products
+    *(
+        ex("Gemm", x(*left), x(*right), x(*bias), since=9, transA=a, transB=b, alpha=0.5, beta=2.0)
+        for a, left in enumerate([(2, 3), (3, 2)])
+        for b, right in enumerate([(3, 4), (4, 3)])
+        for bias in ((4,), (2, 1))
+    ),
+    ex("Gemm", x(2, 3), w(3, 4), since=11),
+    ex("MatMul", x(2, 3), w(3, 4), since=9),
+    ex("MatMul", x(2, 5, 3), w(3, 4), since=9),
+    ex("MatMul", w(2, 5, 3), x(3, 4), since=9),
+    ex("MatMul", x(2, 1, 5, 3), x(3, 3, 4), since=9),
+    ex("MatMul", x(3), x(3), since=9),
+    ex("MatMul", x(5, 3), x(3), since=9),
+    ex("MatMul", x(2, 5, 3), x(3), since=9),
+    ex("MatMul", x(3), x(3, 4), since=9),
+    ex("MatMul", x(3), x(2, 3, 4), since=9),
+    ex("Einsum", x(2, 3), x(3, 4), since=12, equation="ij,jk->ik"),
+    ex("Einsum", x(2, 3), w(3, 4), since=12, equation="ij, jk"),
+    ex("Einsum", x(2, 5, 3, 4), x(2, 6, 3, 4), since=12, equation="bihd,bjhd->bhij"),
+    ex("Einsum", x(2, 2, 3), x(2, 3, 4), since=12, equation="...ij,...jk->...ik"),
+    ex("Einsum", x(2, 3), since=12, equation="ij->ji"),
+    *(
+        ex("Conv", x(2, 4, *size), w(6, 4 // group, *kernel), x(6), since=9, group=group, **how)
+        for size, kernel, how in (
+            ((7,), (3,), {}),
+            ((7,), (3,), {"pads": [2, 0], "dilations": [2]}),
+            ((6, 5), (3, 2), {"pads": [1, 0, 1, 1]}),
+            ((6, 5), (1, 1), {}),
+            ((6, 5), (3, 3), {"pads": [3, 1, 1, 1]}),
+            ((8, 7), (3, 2), {"strides": [2, 3], "pads": [1, 0, 0, 1]}),
+            ((8, 7), (1, 1), {"strides": [2, 2]}),
+            ((8, 7), (3, 3), {"strides": [2, 1], "auto_pad": "SAME_UPPER"}),
+            ((7, 8), (2, 4), {"strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+            ((7, 8), (3, 4), {"auto_pad": "SAME_LOWER"}),
+            ((7, 8), (2, 4), {"auto_pad": "VALID", "strides": [3, 2]}),
+            ((4, 3, 5), (2, 3, 3), {"pads": [1, 1, 1, 0, 1, 1]}),
+            ((4, 5, 5), (2, 3, 3), {"pads": [1, 1, 1, 0, 1, 1], "strides": [2, 2, 1]}),
+        )
+        for group in (1, 2)
+    ),
+    ex("Conv", x(2, 4, 6, 5), w(4, 1, 3, 3), since=9, group=4, pads=[1, 1, 1, 1]),
+    *(
+        ex("ConvTranspose", x(2, 4, *size), w(4, 6 // group, *kernel), x(6), since=9, group=group, **how)
+        for size, kernel, how in (
+            ((5,), (3,), {"strides": [2], "output_padding": [1], "pads": [1, 0]}),
+            ((4, 3), (3, 2), {}),
+            ((4, 3), (3, 2), {"strides": [2, 3], "dilations": [2, 1], "pads": [1, 0, 0, 1]}),
+            ((4, 3), (3, 3), {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+            ((4, 3), (4, 3), {"strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+            ((4, 3), (3, 3), {"strides": [2, 2], "output_shape": [8, 6]}),
+            ((3, 3, 2), (2, 3, 2), {"strides": [1, 2, 1]}),
+        )
+        for group in (1, 2)
+    ),
+    # pooling
+    *(
+        ex("MaxPool", spread(2, 3, *size), since=since, **how)
+        for since, how, size in (
+            (9, {"kernel_shape": [2], "strides": [2]}, (6,)),
+            (10, {"kernel_shape": [3]}, (7,)),
+            (9, {"kernel_shape": [2, 2], "strides": [2, 2]}, (4, 6)),
+            (9, {"kernel_shape": [3, 2], "strides": [3, 2], "auto_pad": "VALID"}, (6, 4)),
+            (9, {"kernel_shape": [2, 2], "strides": [2, 2]}, (5, 6)),
+        )
+    ),
+    *(
+        ex("MaxPool", spread(2, 3, *size), since=10, **how)
+        for how, size in (
+            ({"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}, (7, 6)),
+            ({"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1, 1, 1, 1]}, (5, 6)),
+            ({"kernel_shape": [3, 2], "strides": [2, 2], "auto_pad": "SAME_UPPER"}, (5, 6)),
+            ({"kernel_shape": [3, 2], "strides": [2, 2], "auto_pad": "SAME_LOWER"}, (5, 6)),
+            ({"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}, (5, 6)),
+            ({"kernel_shape": [2, 3], "strides": [2, 1], "dilations": [2, 1]}, (6, 6)),
+            ({"kernel_shape": [2, 2, 2], "strides": [2, 2, 2]}, (4, 4, 6)),
+            ({"kernel_shape": [2, 3, 2], "strides": [1, 2, 2], "storage_order": 1}, (3, 5, 4)),
+        )
+    ),
+    *(
+        ex("AveragePool", x(2, 3, *size), since=since, **how)
+        for since, how, size in (
+            (9, {"kernel_shape": [3]}, (7,)),
+            (9, {"kernel_shape": [2, 2], "strides": [2, 2]}, (6, 5)),
+            (9, {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, (6, 5)),
+            (9, {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 0, 1, 1], "count_include_pad": 1}, (6, 5)),
+            (9, {"kernel_shape": [3, 2], "strides": [2, 2], "auto_pad": "SAME_UPPER"}, (6, 5)),
+            (9, {"kernel_shape": [3, 2], "strides": [2, 2], "auto_pad": "SAME_LOWER", "count_include_pad": 1}, (6, 5)),
+            (10, {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1}, (6, 5)),
+            (19, {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": 1}, (6, 5)),
+            (19, {"kernel_shape": [3, 1], "dilations": [2, 1]}, (6, 5)),
+            (9, {"kernel_shape": [2, 2, 3], "strides": [1, 2, 1], "pads": [0, 1, 1, 0, 1, 0]}, (3, 4, 5)),
+        )
+    ),
+    *(ex(op, spread(2, 3, *size), since=9) for op in ("GlobalMaxPool", "GlobalAveragePool") for size in ((4,), (3, 2))),
+    # reductions
+    *(
+        ex(op, x(2, 3, 4, low=0.3), since=9, until=17 if op != "ReduceSum" else 12, **how)
+        for op in (name for _, name in OPERATORS if name.startswith("Reduce"))
+        for how in ({}, {"axes": [1], "keepdims": 0}, {"axes": [-1, 0]})
+    ),
+    *(
+        ex(op, x(2, 3, 4, low=0.3), *axes, since=18 if op != "ReduceSum" else 13, **how)
+        for op in (name for _, name in OPERATORS if name.startswith("Reduce"))
+        for axes, how in (((), {"keepdims": 0}), ((const([1]),), {"keepdims": 0}), ((const([-1, 0]),), {}))
+    ),
+    *(ex(op, x(2, 3, 4), since=9, until=17, axes=[1, 2]) for op in ("ReduceL1", "ReduceL2", "ReduceProd", "ReduceMax")),
+    # normalisation
+    *(ex(op, x(2, 3, 4), since=9) for op in ("Softmax", "LogSoftmax")),
+    *(ex(op, x(2, 3, 4), since=11, axis=axis) for op in ("Softmax", "LogSoftmax") for axis in (-1, 1)),
+    ex("BatchNormalization", x(2, 3, 4, 5), w(3), w(3), w(3), w(3, low=0.5), since=9, epsilon=0.1),
+    ex("BatchNormalization", x(2, 3), w(3), w(3), w(3), w(3, low=0.5), since=9),
+    ex("InstanceNormalization", x(2, 3, 4, 5), w(3), w(3), since=9, epsilon=0.1),
+    ex("InstanceNormalization", x(2, 3, 4), w(3), w(3), since=9),
+    ex("GroupNormalization", x(2, 4, 3, 2), w(2), w(2), since=18, until=20, num_groups=2),
+    ex("GroupNormalization", x(2, 4, 3), w(4), w(4), since=21, num_groups=2, epsilon=0.1),
+    ex("LayerNormalization", x(2, 3, 4), w(4), w(4), since=17, epsilon=0.1),
+    ex("LayerNormalization", x(2, 3, 4), w(3, 4), since=17, axis=1),
+    ex("LayerNormalization", x(2, 3, 4), w(4), w(4), since=17, outputs=3, axis=2),
+    ex("RMSNormalization", x(2, 3, 4), w(4), since=23, epsilon=0.1),
+    ex("RMSNormalization", x(2, 3, 4), w(3, 4), since=23, axis=1),
+    *(ex("LpNormalization", x(2, 3, 4), since=9, axis=axis, p=p) for axis, p in ((-1, 2), (1, 1))),
+    # movement
+    ex("Transpose", x(2, 3, 4), since=9),
+    ex("Transpose", x(2, 3, 4), since=9, perm=[1, 2, 0]),
+    ex("Reshape", x(2, 3, 4), const([0, -1]), since=9),
+    ex("Reshape", x(2, 3, 4), live([4, 6]), since=9),
+    ex("Flatten", x(2, 3, 4), since=9, axis=2),
+    ex("Squeeze", x(2, 1, 4, 1), since=9, until=12, axes=[1]),
+    ex("Squeeze", x(2, 1, 4, 1), const([1, -1]), since=13),
+    ex("Squeeze", x(2, 1, 4, 1), since=9),
+    ex("Unsqueeze", x(2, 4), since=9, until=12, axes=[0, 2]),
+    ex("Unsqueeze", x(2, 4), const([0, -1]), since=13),
+    ex("Expand", x(3, 1), const([2, 1, 4]), since=9),
+    ex("Expand", x(3, 4), live([3, 1]), since=9),
+    ex("Tile", x(2, 3), const([2, 3]), since=9),
+    ex("Tile", x(2, 3), live([1, 2]), since=9),
+    ex("DepthToSpace", x(2, 8, 2, 3), since=9, blocksize=2),
+    ex("DepthToSpace", x(2, 8, 2, 3), since=11, blocksize=2, mode="CRD"),
+    ex("SpaceToDepth", x(2, 2, 4, 6), since=9, blocksize=2),
+    # selection
+    ex("Concat", x(2, 3), w(2, 1), x(2, 2), since=9, axis=1),
+    ex("Concat", x(2, 3), x(4, 3), axis=-2),
+    ex("Concat", x(2, 3), since=9, axis=0),
+    ex("Split", x(4, 3), since=9, until=12, outputs=2, seeded=(0, 1), split=[3, 1]),
+    ex("Split", x(4, 3), const([3, 1]), since=13, outputs=2, seeded=(1,)),
+    ex("Split", x(4, 3), since=9, until=17, outputs=2, seeded=(0, 1)),
+    ex("Split", x(2, 4), since=18, outputs=2, seeded=(0,), num_outputs=2, axis=-1),
+    ex("Slice", x(4, 5), const([1]), const([3])),
+    ex("Slice", x(4, 5), const([1, -2]), const([-1, 2**40]), const([0, -1])),
+    ex("Slice", x(4, 5), const([-9]), const([3]), const([1]), const([1])),
+    ex("Slice", x(4, 5), const([-1, 1]), const([-9, 5]), const([0, 1]), const([-2, 3])),
+    ex("Slice", x(4, 5), live([1, -4]), live([4, -1]), const([1, 0])),
+    ex("Slice", x(4, 5), live([1], "int32"), live([4], "int32"), const([1], "int32"), live([2], "int32")),
+    ex("Gather", x(4, 5), const(1), since=9),
+    ex("Gather", x(4, 5, 2), const(-1), axis=1),
+    ex("Gather", x(4, 5), const([1, 2]), axis=-1),
+    ex("Gather", x(4, 5), const([3, 0, 2])),
+    ex("Gather", x(4, 5), const([-1, 0])),
+    ex("Gather", x(4, 5), const([[3, 0], [3, -1]]), since=9),
+    ex("Gather", x(4, 5, 2), live([[3, 0], [3, -1]], "int32"), axis=1),
+    ex("Gather", x(4, 5, 2), live([1, 1]), axis=-1),
+    ex("Gather", x(4, 5, 2), live(3), since=9, axis=0),
+    ex("GatherElements", x(3, 4), live([[0, 0, 1, 3], [1, 1, 1, -1]]), since=16, axis=1),
+    ex("GatherND", x(3, 4), live([[0, 1], [2, 3], [0, 1]]), since=16),
+    ex("GatherND", x(3, 4), live([[2], [2]]), since=16),
+    ex("ScatterElements", x(3, 4), live([[0, 2, 1, 0]]), x(1, 4), since=11),
+    ex("ScatterElements", x(3, 4), live([[0, 2], [1, 0]]), x(2, 2), since=11, axis=1),
+    ex("ScatterElements", x(3, 4), live([[0, 0, 1, 0]]), x(1, 4), since=16, reduction="add"),
+    ex("ScatterND", x(3, 4), live([[0, 1], [2, 3]]), x(2), since=11),
+    ex("ScatterND", x(3, 4), live([[2], [2]]), x(2, 4), since=16, reduction="add"),
+    ex("TopK", spread(3, 5), const([2]), since=11, outputs=2),
+    ex("TopK", spread(5, 3), const([2]), since=11, outputs=2, axis=0, largest=0),
+    ex("Trilu", x(2, 3, 4), since=14),
+    ex("Trilu", x(2, 3, 4), const(-1), since=14, upper=0),
+    *(ex("CumSum", x(3, 4), const(1), since=11, exclusive=e, reverse=r) for e in (0, 1) for r in (0, 1)),
+    ex("Pad", x(3, 4), since=9, until=10, pads=[1, 0, 0, 2], value=3.0),
+    ex("Pad", x(3, 4), since=9, until=10, pads=[1, 0, 1, 2], mode="reflect"),
+    ex("Pad", x(3, 4), const([1, -1, 0, 2]), since=11),
+    ex("Pad", x(3, 4), live([1, -1, 0, 2]), const(3.0, "float64"), since=11),
+    ex("Pad", x(3, 4), const([1, 2]), None, const([-1]), since=18),
+    ex("Pad", x(2, 3, 4, 5), const([0, 0, 1, 2, 0, 0, 2, 0]), mode="reflect"),
+    ex("Pad", x(3, 4), const([1, 0, 0, 2]), mode="edge"),
+    ex("Pad", x(3, 4), const([1, 2]), None, const([1]), since=19, mode="wrap"),
+    *(
+        ex("Resize", x(2, 3, 4, 5), const([], "float32"), const([1, 1, *scales], "float32"), **how)
+        for scales in ((2.0, 2.0), (0.6, 1.7), (1.0, 3.0))
+        for how in (
+            {"mode": "nearest"},
+            {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+            {"mode": "linear"},
+            {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
+            {"mode": "cubic", "cubic_coeff_a": -0.5},
+        )
+    ),
+    ex("Resize", x(2, 3, 4, 5), const([], "float32"), const([], "float32"), const([2, 3, 7, 5]), mode="linear"),
+    ex("Resize", x(2, 3, 4, 5), None, None, const([7, 5]), since=18, mode="linear", axes=[2, 3], antialias=1),
+    ex("Resize", x(2, 3, 5), None, live([1.0, 1.0, 1.6], "float32"), since=13, mode="linear"),
+    ex("Resize", x(2, 3, 4, 5), const([1, 1, 2, 1.5], "float32"), since=10, until=10),
+    ex("Upsample", x(2, 3, 4, 5), const([1, 1, 2, 1.5], "float32"), since=9, until=9, mode="linear"),
+    ex("Upsample", x(2, 3, 4, 5), since=8, until=8, scales=[1.0, 1.0, 2.0, 3.0]),
+    # onnxruntime's own
+    *(ex(op, x(3, 4), domain="com.microsoft") for op in ("Gelu", "QuickGelu", "FastGelu")),
+    *(ex(op, x(3, 4), w(4), domain="com.microsoft") for op in ("BiasGelu", "FastGelu")),
+    ex("SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), w(4), w(4), domain="com.microsoft", epsilon=0.1),
+    ex(
+        "SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), outputs=4, seeded=(0, 3), domain="com.microsoft", epsilon=0.1
+    ),
+]
+
+every_example = pytest.mark.parametrize("example", EXAMPLES, ids=str)
+
+
+# --- finite differences -----------------------------------------------------------------------------------------------
+
+
+def model_of(example: Example, opset: int, dtype: Any) -> ir.Model:
+    """``i{k}`` through Identity to ``t{k}`` where operand k is computed, the node, its outputs ``o{k}``."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    inputs, stored, nodes = [], [], []
+    names = ["" if operand is None else f"t{i}" for i, operand in enumerate(example.operands)]
+    for i, array in example.draw(dtype).items():
+        if example.operands[i].stored:
+            stored.append(numpy_helper.from_array(array, f"t{i}"))
+        else:
+            free = [None] * array.ndim
+            inputs.append(helper.make_tensor_value_info(f"i{i}", helper.np_dtype_to_tensor_dtype(array.dtype), free))
+            nodes.append(helper.make_node("Identity", [f"i{i}"], [f"t{i}"], name=f"copy{i}"))
+    attributes = {k: kind if v is FLOAT else v for k, v in example.attributes.items()}
+    outputs = [f"o{k}" for k in range(example.outputs)]
+    nodes.append(helper.make_node(example.op, names, outputs, name="node", domain=example.domain, **attributes))
+    ends = [helper.make_tensor_value_info(f"o{k}", kind, None) for k in example.seeded]
+    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(example.domain, 1)] if example.domain else [])]
+    graph = helper.make_graph(nodes, "g", inputs, ends, stored)
+    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+
+
+def session(model: ir.Model) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def attach(model: ir.Model, seeds: Sequence[str], tensors: Sequence[str], dtype: Any = np.float32, **how: Any) -> Gradients:
+    """Append the reverse pass of a model; seed ``v:o`` is for output o, the gradient of tensor t is output ``g:t``."""
+    build = Builder(model.graph, model.graph.opset_imports[""])
+    vectors = {}
+    kind = ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))
+    for name in seeds:
+        vectors[name] = ir.Value(name=f"v:{name}", type=kind)
+        model.graph.inputs.append(vectors[name])
+    gradients = differentiate(model.graph, build, vectors, tensors, dtype=dtype, **how)
+    for name, value in gradients.values.items():
+        named = ir.Value(name=f"g:{name}", type=kind)
+        model.graph.append(ir.node("Identity", [value], outputs=[named]))
+        model.graph.outputs.append(named)
+    return gradients
+
+
+def forward(example: Example, opset: int) -> tuple[Callable[[dict[str, Array]], list[Array]], Any]:
+    """The node as a function in the best arithmetic there is, and its element type."""
+    names = [f"o{k}" for k in example.seeded]
+    try:
+        run, dtype = session(model_of(example, opset, np.float64)), np.float64
+    except Exception:
+        run, dtype = session(model_of(example, opset, np.float32)), np.float32
+    return lambda feed: run.run(names, feed), dtype
+
+
+def backward(example: Example, opset: int, **how: Any) -> tuple[ort.InferenceSession, Any, Gradients]:
+    """The reverse pass in the best arithmetic there is."""
+    for dtype in (np.float64, np.float32):
+        model = model_of(example, opset, dtype)
+        tensors, seeds = [f"t{i}" for i in example.wanted], [f"o{k}" for k in example.seeded]
+        gradients = attach(model, seeds, tensors, dtype, **how)
+        try:
+            return session(model), dtype, gradients
+        except Exception:
+            if dtype == np.float32:
+                raise
+    raise AssertionError
+
+
+def feeds(example: Example, dtype: Any) -> dict[str, Array]:
+    return {f"i{i}": array for i, array in example.draw(dtype).items() if not example.operands[i].stored}
+
+
+def shapes_of(example: Example, opset: int) -> dict[str, Any]:
+    bound = {name: array.shape for name, array in feeds(example, np.float32).items()}
+    return infer_shapes(model_of(example, opset, np.float32), bound)
+
+
+def differences(function: Callable[[], float], array: Array, step: float) -> Array:
+    """Central differences of fourth order of a function of an array, element by element."""
+    found = np.zeros(array.shape)
+    for place in np.ndindex(array.shape):
+        kept = array[place]
+        for offset, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+            array[place] = kept + offset * step
+            found[place] += weight * function()
+        array[place] = kept
+    return found / (12 * step)
+
+
+class Checker:
+    """Compares a rule with differences; those are kept for the opsets in which the operator gives the same outputs."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+        self.outputs: list[Array] = []
+        self.expected: dict[int, Array] = {}
+
+    def differentiate(self, opset: int) -> dict[str, Array]:
+        """Expected gradients by input, of a random combination of the outputs; returns the combination."""
+        run, self.exact = forward(self.example, opset)
+        feed = feeds(self.example, self.exact)
+        outputs = run(feed)
+        rng = np.random.default_rng(3)
+        vectors = {f"v:o{k}": rng.standard_normal(y.shape) for k, y in zip(self.example.seeded, outputs, strict=True)}
+
+        def value() -> float:
+            return sum(float((v * y.astype(np.float64)).sum()) for v, y in zip(vectors.values(), run(feed), strict=True))
+
+        if not self.outputs or not all(map(np.array_equal, self.outputs, outputs)):
+            self.outputs = outputs
+            step = 0.05 if self.single(self.exact) else 1e-3
+            self.expected = {i: differences(value, feed[f"i{i}"], step) for i in self.example.wanted}
+        return vectors
+
+    def single(self, dtype: Any) -> bool:
+        """Whether something is computed in float32; then steps of 0.05 keep truncation and rounding below 1e-5."""
+        return dtype == np.float32 or self.example.op == "GroupNormalization"  # its float64 kernel is float32 inside
+
+    def check(self, opset: int, **how: Any) -> None:
+        vectors = self.differentiate(opset)
+        reverse, dtype, gradients = backward(self.example, opset, **how)
+        assert not gradients.refused, [str(r) for r in gradients.refused.values()]
+        names = [f"g:{t}" for t in gradients.values]
+        seeds = {name: vector.astype(dtype) for name, vector in vectors.items()}
+        found = dict(zip(names, reverse.run(names, feeds(self.example, dtype) | seeds), strict=True))
+        tolerance = 1e-4 if self.single(self.exact) or dtype == np.float32 else 1e-6  # attributes are float32 always
+        for i, expected in self.expected.items():
+            actual = found.get(f"g:t{i}", np.zeros_like(expected))
+            assert actual.shape == expected.shape
+            scale = max(1.0, np.abs(expected).max(initial=0.0))
+            np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@every_example
+def test_rule_agrees_with_finite_differences(example: Example):
+    checker = Checker(example)
+    assert example.opsets
+    for opset in example.opsets:
+        try:
+            shapes = shapes_of(example, opset)
+            checker.check(opset, shapes=shapes)
+        except Exception as error:
+            raise AssertionError(f"opset {opset}") from error
+    checker.check(opset, shapes=shapes, declared=shapes)  # sizes that the model states are used where that is faster
+
+
+@pytest.mark.parametrize(
+    ("sample", "other"),
+    [
+        (ex("Add", x(2, 3), x(1, 3)), ex("Add", x(5, 3), x(1, 3))),
+        (ex("MatMul", x(2, 4, 3), x(2, 3, 4)), ex("MatMul", x(5, 7, 3), x(5, 3, 7))),
+        (ex("Conv", x(2, 4, 8), w(6, 4, 3), strides=[2]), ex("Conv", x(3, 4, 9), w(6, 4, 3), strides=[2])),
+        (ex("Conv", x(2, 4, 8), w(6, 4, 3), pads=[1, 1]), ex("Conv", x(3, 4, 9), w(6, 4, 3), pads=[1, 1])),
+        (ex("ConvTranspose", x(2, 4, 8), w(4, 6, 3)), ex("ConvTranspose", x(3, 4, 9), w(4, 6, 3))),
+        (ex("MaxPool", spread(2, 4, 8), kernel_shape=[2], strides=[2]),) * 2,
+        (ex("MaxPool", spread(2, 4, 8), kernel_shape=[3]), ex("MaxPool", spread(3, 4, 9), kernel_shape=[3])),
+        (ex("AveragePool", x(2, 4, 8), kernel_shape=[3]), ex("AveragePool", x(3, 4, 9), kernel_shape=[3])),
+        (ex("GlobalAveragePool", x(2, 4, 8)), ex("GlobalAveragePool", x(3, 4, 9))),
+        (ex("ReduceMean", x(2, 4, 8), until=17, axes=[1]), ex("ReduceMean", x(3, 5, 9), until=17, axes=[1])),
+        (ex("Softmax", x(2, 4)), ex("Softmax", x(3, 5))),
+        (ex("LayerNormalization", x(2, 4), w(4), since=17), ex("LayerNormalization", x(3, 4), w(4), since=17)),
+        (ex("InstanceNormalization", x(2, 4, 5), w(4), w(4)), ex("InstanceNormalization", x(3, 4, 6), w(4), w(4))),
+        (ex("Reshape", x(2, 4, 3), const([0, -1])), ex("Reshape", x(3, 5, 3), const([0, -1]))),
+        (ex("Tile", x(2, 4), const([1, 3])), ex("Tile", x(3, 5), const([1, 3]))),
+        (ex("Concat", x(2, 4), x(2, 3), since=13, axis=1), ex("Concat", x(3, 5), x(3, 2), since=13, axis=1)),
+        (ex("Slice", x(3, 4), const([-1]), const([9])), ex("Slice", x(2, 4), const([-1]), const([9]))),
+        (ex("Slice", x(3, 4), const([9]), const([-9]), None, const([-2])),) * 2,
+        (ex("Gather", x(3, 4), const(-1), axis=1), ex("Gather", x(2, 5), const(-1), axis=1)),
+        (ex("Gather", x(3, 4), live([1, 1, 0])), ex("Gather", x(2, 5), live([1, 1]))),
+        (ex("Pad", x(3, 4), const([0, 1, 0, 1]), mode="reflect"), ex("Pad", x(2, 5), const([0, 1, 0, 1]), mode="reflect")),
+        (
+            ex("Resize", x(1, 2, 4), None, const([1, 1, 1.5], "float32"), since=13, mode="linear"),
+            ex("Resize", x(2, 2, 7), None, const([1, 1, 1.5], "float32"), since=13, mode="linear"),
+        ),
+    ],
+    ids=str,
+)
+def test_a_reverse_pass_serves_batches_and_sequences_of_other_sizes(sample: Example, other: Example):
+    for opset in (11, 13, 18):
+        if opset in sample.opsets:
+            Checker(other).check(opset, shapes=shapes_of(sample, opset))
