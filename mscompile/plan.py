@@ -18,7 +18,7 @@ from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fit
 from mscompile.scm import Scm, Site
 from mscompile.scores import MEASURABLE, Scores, joint_curvature
 from mscompile.statistics import Statistics
-from mscompile.windows import fit_window, window_name, window_weight
+from mscompile.windows import determined, fit_window, window_name, window_weight
 
 Integers = Annotated[
     npt.NDArray[np.int64],
@@ -307,7 +307,7 @@ def _plan_windows(
 ) -> Iterator[WindowPlan]:
     for reader in site.readers:
         moments = statistics.windows.get(window_name(reader))
-        if moments is None:
+        if moments is None or not determined(moments, len(kept)):
             continue
         refit = fit_window(moments, window_weight(site, reader, moments.window), kept, replaced, swap)
         places = None

@@ -34,6 +34,8 @@ Array = npt.NDArray[np.float64]
 
 FEATURES = 4096
 """Features up to which a reader is fitted by its window: their second moments take 128 MB, their solution seconds."""
+FEWEST_ROWS = 4
+"""Windows per feature below which a reader is not fitted by its window: least squares would learn the calibration data."""
 OLDEST = 11
 """Opset from which padding and slicing take operands."""
 ROWS_PER_FEATURE = 48
@@ -96,6 +98,11 @@ class Refit:
 
     columns: Array
     response: Array
+
+
+def determined(moments: WindowMoments, retained: int) -> bool:
+    """Whether enough windows were seen for a fit on `retained` channels to hold beyond them."""
+    return moments.count >= FEWEST_ROWS * (retained * moments.window.taps + moments.window.marks)
 
 
 def fit_window(moments: WindowMoments, weight: Array, kept: IntArray, replaced: IntArray, swap: float) -> Refit:
