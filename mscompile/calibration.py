@@ -15,19 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
+from onnx_ir.passes import common
 
 from mscompile.data import Samples
 from mscompile.errors import DataError, UsageError
 from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
-from mscompile.reverse import Gradients, differentiate
+from mscompile.reverse import Gradients, differentiate, sample_shapes
 from mscompile.runtime import Arrays, Progress, Session, no_progress
-from mscompile.scm import Reader, Scm, Site, infer_shapes
+from mscompile.scm import Reader, Scm, Site
 from mscompile.statistics import Array, Curvature, Moments, Statistics, Window, WindowMoments
-from mscompile.windows import features, thinning, window_name, window_of
+from mscompile.windows import features, offset_of, thinning, window_name, window_of
 
-EXACT_OUTPUTS = 16
-"""Outputs per sample up to which unit vectors are used as seeds: the curvature is exact then, not estimated."""
 HELD_BATCHES = 16
 """Batches summed up in float32 inside onnxruntime before the sums are added to the float64 totals outside."""
 GROUP_BYTES = 1 << 30
@@ -56,7 +55,8 @@ class Measure:
     gradient
         Whether the gradient of the cross-entropy with labels is summed as well.
     probes
-        Random seeds per sample; outputs of at most `EXACT_OUTPUTS` values get all unit vectors instead.
+        Random seeds per sample. An output of no more values than that gets all unit vectors instead, and the curvature is
+        exact.
     seed
         Of the random signs.
     second
@@ -137,8 +137,7 @@ def _pass(
     extent: tuple[int, ...] = ()
     if measure.curvature != "none":
         extent = Session(scm.model).run(first, [measure.output])[measure.output].shape[1:]
-    shapes = {name: array.shape for name, array in first.items()}
-    instrument = Instrument(scm, sites, shapes, measure, extent, len(samples))
+    instrument = Instrument(scm, sites, first, measure, extent, len(samples))
     session = Session(instrument.model)
     centres = {site.tensor: np.zeros(site.size, dtype=np.float32) for site in sites}
     # Centre near the mean, or float32 sums would lose the variance of channels far from zero.
@@ -182,7 +181,7 @@ def _pass(
 
 
 class Instrument:
-    """Copy of a graph whose outputs are sums over a batch.
+    """Copy of a graph whose outputs are sums over a batch. Gradients are float32 whatever the model's types.
 
     Its new inputs are the centres of the sites' channels, the seeds, and the sums so far; its outputs are the sums, named by
     quantity and site.
@@ -192,17 +191,20 @@ class Instrument:
         self,
         scm: Scm,
         sites: Sequence[Site],
-        inputs: Mapping[str, tuple[int, ...]],
+        first: Arrays,
         measure: Measure,
         extent: tuple[int, ...],
         samples: int,
     ) -> None:
+        batches = max(1, samples // len(next(iter(first.values()))))
         self.model = scm.model.clone()
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)  # element types, for mixed precision
         self._graph = self.model.graph
         self._build = Builder(self._graph, self._graph.opset_imports.get("", 1))
         self._values = {v.name or "": v for node in self._graph for v in node.outputs}
         self._measure, self._extent = measure, extent
-        shapes = infer_shapes(self.model, inputs)
+        shapes = sample_shapes(self.model, first)
+        self._declared = scm.shapes
         self._sums: dict[str, tuple[tuple[int, ...], npt.NDArray[np.generic]]] = {}
         self.differentiated: frozenset[str] = frozenset()
         self.refused: dict[str, str] = {}
@@ -221,12 +223,12 @@ class Instrument:
             for reader in site.readers if measure.windows else ():
                 window = window_of(site, reader, self._build.opset)
                 if window is not None:
-                    self._see(site, reader, window, centred, thinning(window, shapes[site.tensor], samples))
+                    self._see(site, reader, window, centred, thinning(window, shapes[site.tensor], samples, batches))
 
     @property
     def exact(self) -> bool:
-        """Whether the seeds are all unit vectors."""
-        return math.prod(self._extent) <= EXACT_OUTPUTS
+        """Whether the seeds are all unit vectors, which cost no more then than random ones."""
+        return math.prod(self._extent) <= self._measure.probes
 
     @property
     def probes(self) -> int:
@@ -282,12 +284,8 @@ class Instrument:
         return self._values[tensor].dtype or ir.DataType.FLOAT
 
     def _differentiate(self, sites: Sequence[Site], shapes: Mapping[str, Shape], seed: ir.Value) -> Gradients:
-        output = self._measure.output
-        dtype = self._dtype(output)
-        if dtype != ir.DataType.FLOAT:
-            seed = self._build.op("Cast", seed, to=int(dtype))
-        tensors = [site.tensor for site in sites]
-        return differentiate(self._graph, self._build, {output: seed}, tensors, shapes=shapes, dtype=dtype.numpy())
+        seeds, tensors = {self._measure.output: seed}, [site.tensor for site in sites]
+        return differentiate(self._graph, self._build, seeds, tensors, shapes=shapes, declared=self._declared)
 
     def _probe(self, k: int) -> ir.Value:
         """Seed k: the input itself, or for the Fisher curvature ``√p ∘ r − p (√p · r)``, whose second moment it is."""
@@ -359,7 +357,7 @@ class Instrument:
             return centred
         sums: dict[str, list[ir.Value]] = {"s11": [], "s12": [], "s22": [], "second": []}
         for gradient in gradients:
-            slope = self._float(gradient.values[site.tensor])
+            slope = gradient.values[site.tensor]
             s1 = self._over_positions(slope, site, rank)
             s2 = self._over_positions(build.op("Mul", slope, centred), site, rank)
             for name, product in (("s11", (s1, s1)), ("s12", (s1, s2)), ("s22", (s2, s2))):
@@ -372,19 +370,17 @@ class Instrument:
                 total = build.op("Mul", build.op("Sum", *parts), build.constant(share, np.float32))
                 self._output(site.tensor, name, total, one if name != "second" else (site.size, site.size), zero)
         if loss is not None and site.tensor in loss.values:
-            slope = self._float(loss.values[site.tensor])
+            slope = loss.values[site.tensor]
             weighted = build.op("Mul", slope, centred)
             self._output(site.tensor, "g1", self._total(slope, positions), one, zero)
             self._output(site.tensor, "g2", self._total(weighted, positions), one, zero)
         return centred
 
     def offsets(self, number: int) -> Arrays:
-        """Random offsets of the windows observed in batch `number`."""
+        """Offsets of the windows observed in batch `number`."""
         return {
-            f"{PREFIX}offset:{name}": np.random.default_rng([self._measure.seed, number, i]).integers(
-                0, thin, len(window.kernel), dtype=np.int64
-            )
-            for i, (name, (_, window, thin)) in enumerate(self.windows.items())
+            f"{PREFIX}offset:{name}": offset_of(window, thin, number, self._measure.seed)
+            for name, (_, window, thin) in self.windows.items()
             if thin > 1
         }
 
@@ -424,11 +420,6 @@ class Instrument:
         if np.array_equal(order, np.arange(len(order))):
             return centred
         return build.op("Gather", centred, build.integers(order.tolist()), axis=1)
-
-    def _float(self, value: ir.Value) -> ir.Value:
-        if self._dtype(self._measure.output) == ir.DataType.FLOAT:
-            return value
-        return self._build.op("Cast", value, to=int(ir.DataType.FLOAT))
 
     def _rows(self, value: ir.Value, site: Site, rank: int) -> ir.Value:
         """[observations, channels]."""

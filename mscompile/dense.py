@@ -16,10 +16,11 @@ from mscompile.data import InputSpec, Samples, Source
 from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.files import LARGEST, external_tensors, from_proto, load_model, weight_bytes
 from mscompile.inspection import inspect_scm
+from mscompile.operators.backward import FLOATS
 from mscompile.options import Options
 from mscompile.passes import CANONICALISE
 from mscompile.plan import selectable
-from mscompile.scm import FLOATS, Scm, Site, read_scm
+from mscompile.scm import Scm, Site, read_scm
 
 Model = str | Path | onnx.ModelProto | ir.Model
 

@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from mscompile.operators import Signature
+from mscompile.operators.backward import FLOATS
 from mscompile.plan import refusal
 from mscompile.report import CoverageReport
-from mscompile.scm import FLOATS, Scm, Site, label
+from mscompile.scm import Scm, Site, label
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,13 @@ from mscompile.statistics import Moments
 Array = npt.NDArray[np.float64]
 
 RIDGE = 1e-6
-"""Share of the mean variance added to each retained channel's, so that dependent and dead channels do no harm.
+"""Share of its own variance added to each retained channel's, so that dependent channels do no harm.
 
-Float32 sums carry a relative error of about 1e-7; directions of smaller variance are noise.
+Float32 sums carry a relative error of about 1e-7; directions of smaller variance are noise. A share of its own, so that
+rescaling a unit changes nothing.
 """
+FLOOR = 1e-12
+"""Share of the mean variance added besides, for channels that do not vary at all."""
 TINY = float(np.finfo(np.float32).tiny)
 PARENTS = 8
 """Retained parents of a replaced unit in the sparse fit, as in Asiaee 2026."""
@@ -69,10 +72,16 @@ def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float
     """
     sigma, common = moments.covariance, moments.common
     bracket = interchanged(sigma, common, swap)[np.ix_(kept, kept)]
-    bracket[np.diag_indices_from(bracket)] += RIDGE * max(float(np.diagonal(bracket).mean()), TINY)
+    stabilise(bracket)
     cross = ((1 - swap) * sigma + swap * common)[np.ix_(kept, replaced)]
     matrix = scipy.linalg.solve(bracket, cross, assume_a="pos").T
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
+
+
+def stabilise(bracket: Array) -> None:
+    """Add the ridge to a covariance, in place."""
+    diagonal = np.diagonal(bracket)
+    bracket[np.diag_indices_from(bracket)] = diagonal * (1 + RIDGE) + FLOOR * max(float(diagonal.mean()), TINY)
 
 
 def interchanged(sigma: Array, common: Array, swap: float) -> Array:
@@ -95,8 +104,8 @@ def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: floa
         parents = np.sort(np.argsort(-strength[row], kind="stable")[:count])
         chosen = kept[parents]
         within = sigma[np.ix_(chosen, chosen)]
-        ridge = RIDGE * max(float(np.diagonal(within).mean()), TINY)
-        matrix[row, parents] = scipy.linalg.solve(within + ridge * np.eye(count), sigma[chosen, channel], assume_a="pos")
+        stabilise(within)
+        matrix[row, parents] = scipy.linalg.solve(within, sigma[chosen, channel], assume_a="pos")
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
 
 

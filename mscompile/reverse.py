@@ -7,7 +7,7 @@ everything before it would be incomplete: those tensors are refused, with the op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from mscompile.errors import UnsupportedError
 from mscompile.operators import NodeView, Shape, declared
-from mscompile.operators.backward import PREFIX, Backward, Builder, NoRuleError
+from mscompile.operators.backward import OLDEST, PREFIX, Backward, Builder, NoRuleError, nothing
 from mscompile.runtime import Arrays, Session
 from mscompile.scm import Refusal, captured, infer_shapes, label
 
@@ -78,34 +78,36 @@ class _Pass:
         self.parts[value] = [total]
         return total
 
+    def rule(
+        self, node: ir.Node, gradients: tuple[ir.Value | None, ...], targets: Iterable[int]
+    ) -> Mapping[int, ir.Value] | str:
+        """Gradients of a node's inputs, or the reason why there are none."""
+        row = declared(node)
+        if row is None or row.reverse is None:
+            return "has no reverse-mode rule"
+        if self.build.opset < OLDEST:
+            return f"is of opset {self.build.opset}: reverse-mode rules begin with {OLDEST}"
+        view = NodeView(node, self.shapes, self.build.opset)
+        try:
+            return row.reverse(Backward(view, self.build, gradients, frozenset(targets), self.dtype, self.declared))
+        except NoRuleError as reason:
+            return str(reason)
+
     def visit(self, node: ir.Node) -> None:
         """Carry the gradients of a node's outputs to its inputs."""
         targets = {i: v for i, v in enumerate(node.inputs) if v is not None and v in self.wanted}
         hidden = [v for v in captured(node) if v in self.wanted]
         refusal = next((self.refused[v] for v in node.outputs if v in self.refused), None)
         gradients = tuple(self.total(v) for v in node.outputs)
-        if refusal is None and all(g is None for g in gradients):
-            return
-        found: Mapping[int, ir.Value] | str
         if refusal is None:
-            row = declared(node)
-            if hidden or row is None or row.reverse is None:
-                found = "has no reverse-mode rule"
-            elif not targets:
+            if not (targets or hidden) or all(g is None for g in gradients):
                 return
-            else:
-                view = NodeView(node, self.shapes, self.build.opset)
-                try:
-                    found = row.reverse(Backward(view, self.build, gradients, frozenset(targets), self.dtype, self.declared))
-                except NoRuleError as reason:
-                    found = str(reason)
-            if isinstance(found, str):
-                refusal = Refusal(label(node), node.op_type, found)
-            else:
-                for operand, gradient in found.items():
-                    if operand in targets:
-                        self.parts.setdefault(targets[operand], []).append(gradient)
+            found = "uses them inside a subgraph" if hidden else self.rule(node, gradients, targets)
+            if not isinstance(found, str):
+                for operand in targets.keys() & found.keys():
+                    self.parts.setdefault(targets[operand], []).append(found[operand])
                 return
+            refusal = Refusal(label(node), node.op_type, found)
         for value in (*targets.values(), *hidden):
             self.refused.setdefault(value, refusal)
 
@@ -155,9 +157,12 @@ def differentiate(
 
 
 def _between(nodes: Sequence[ir.Node], starts: Sequence[ir.Value], ends: Sequence[ir.Value]) -> Iterator[ir.Value]:
-    """Values that depend on a start and on which an end depends, both included."""
+    """Values that depend on a start, more than stepwise, and on which an end depends; both included."""
     below = set(starts)
     for node in nodes:
+        row = declared(node)
+        if row is not None and row.reverse is nothing:
+            continue
         if any(v in below for v in (*node.inputs, *captured(node)) if v is not None):
             below.update(node.outputs)
     above = set(ends)

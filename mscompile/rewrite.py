@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from mscompile.operators import IntArray
+from mscompile.operators import DIALECT, IntArray
 from mscompile.passes import RemoveDeadUnits, compiling
 from mscompile.plan import Plan
 
@@ -21,20 +21,25 @@ class Compiled:
     model
         The smaller graph.
     alignment
-        For each narrowed tensor, the dense channel of each channel left.
+        For each narrowed site, the dense channel of each channel left.
+    unfolded
+        What could not be folded and stands in the graph in standard operators: right, but not as small as planned.
     """
 
     model: ir.Model
     alignment: Mapping[str, IntArray]
+    unfolded: tuple[str, ...] = ()
 
 
 def rewrite(model: ir.Model, plan: Plan) -> Compiled:
     """Apply a plan to a canonical model; the model itself stays as it is."""
     copy = model.clone()
     alignment: Mapping[str, IntArray] = {}
+    unfolded: tuple[str, ...] = ()
     if plan.sites:
         for step in compiling(plan):
             step(copy)
             if isinstance(step, RemoveDeadUnits):
                 alignment = step.alignment
-    return Compiled(copy, alignment)
+                unfolded = tuple(node.outputs[0].name or "" for node in copy.graph if node.domain == DIALECT)
+    return Compiled(copy, alignment, unfolded)

@@ -16,8 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mscompile.operators import IntArray, NodeView, Port, Shape, Signature, is_parameter, signature
-
-FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+from mscompile.operators.backward import FLOATS
 
 
 @dataclass(frozen=True)

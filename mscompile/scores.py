@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float64]
 TINY = float(np.finfo(np.float32).tiny)
 FLAT = 1e-10
 """Share of the largest curvature of a site below which a unit's is numerically zero."""
-UNUSABLE = 0.05
+UNUSABLE = 0.25
 """Share of a site's optimal constants outside the observed range from which none of them is used."""
 SQUARED_OUTPUTS = "half the squared change of the outputs"
 DIVERGENCE = "KL divergence of the outputs, in nats"

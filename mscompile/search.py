@@ -42,6 +42,8 @@ SHARES = {"calibrate": 0.5, "choose": 0.1, "certify": 0.4}
 """How data is split. Fitting wants the most; certifying wants pairs, two samples each."""
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 """Keep ratios that the search for a fidelity tries, from large to small: an order fixed before any data is seen."""
+MAP_STEP = 4
+"""Widths of feature maps that the search tries are multiples of it: others take a slower path through onnxruntime."""
 STRESS: tuple[tuple[Law, float], ...] = tuple((law, p) for law in get_args(Law) for p in (0.1, 0.5, 1.0))
 """Laws and swap probabilities reported beside the certified ones."""
 FEWEST = 16
@@ -276,7 +278,7 @@ class Search:
         tried: list[tuple[Candidate, Fidelity]] = []
         misses = 0
         for keep in self.progress(GRID, "search", len(GRID)):
-            candidate = self._candidate(keep)
+            candidate = self._candidate(keep, step=MAP_STEP)
             if candidate.interchange is None:
                 continue
             fidelity = self._measure(candidate, "choose", self.options.delta)
@@ -306,8 +308,13 @@ class Search:
             hint="give more data, ask for less with --fidelity, or fix a size with --keep",
         )
 
-    def _candidate(self, keep: Keep | Mapping[str, Keep]) -> Candidate:
+    def _candidate(self, keep: Keep | Mapping[str, Keep], *, step: int = 1) -> Candidate:
+        """Plan and rewrite; widths of feature maps are rounded up to multiples of `step`."""
         source, options = self.source, self.options
+        counts = resolve_keep(source.scm, source.groups, keep)
+        for group in counts:
+            if any(site.axis == 1 and source.ranks[site.tensor] > 2 for site in source.groups[group]):
+                counts[group] = min(math.ceil(counts[group] / step) * step, len(self.orders[group]))
         with self.clock.time("plan"):
             plan = make_plan(
                 source.scm,
@@ -315,7 +322,7 @@ class Search:
                 self.scores,
                 source.groups,
                 self.orders,
-                resolve_keep(source.scm, source.groups, keep),
+                counts,
                 model_sha256=source.sha256,
                 replacement=options.replacement,
                 swap=options.swap,
@@ -395,7 +402,9 @@ class Search:
                 for s in stress
             ],
         )
+        warnings = self.scores.warnings if options.replacement == CONSTANT else ()
+        if candidate.compiled.unfolded:
+            listed = ", ".join(candidate.compiled.unfolded)
+            warnings = (*warnings, f"not folded, and so not as small as planned: {listed}")
         check = f"on {len(proof)} samples that took no part in calibration"
-        return Result(
-            candidate.plan, candidate.compiled, error, check, fidelity, risks, entries, self.parts, self.scores.warnings
-        )
+        return Result(candidate.plan, candidate.compiled, error, check, fidelity, risks, entries, self.parts, warnings)

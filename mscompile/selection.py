@@ -23,7 +23,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.operators import IntArray
-from mscompile.replacements import RIDGE, TINY, interchanged
+from mscompile.replacements import TINY, interchanged, stabilise
 from mscompile.scm import Site
 from mscompile.scores import Scores, joint_curvature
 from mscompile.statistics import Moments, Statistics
@@ -112,7 +112,7 @@ def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> I
 def _inverse(moments: Moments, swap: float) -> Array:
     """Inverse of the interchanged covariance, ridge included."""
     bracket = interchanged(moments.covariance, moments.common, swap)
-    bracket[np.diag_indices_from(bracket)] += RIDGE * max(float(np.diagonal(bracket).mean()), TINY)
+    stabilise(bracket)
     factor = scipy.linalg.cho_factor(bracket, lower=True, overwrite_a=True)
     inverse: Array = np.ascontiguousarray(scipy.linalg.cho_solve(factor, np.eye(len(bracket))))
     return inverse

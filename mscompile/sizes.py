@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from mscompile.data import Samples
 from mscompile.operators import NodeView, declared
+from mscompile.operators.backward import FLOATS
 from mscompile.runtime import Session
-from mscompile.scm import FLOATS, infer_shapes, parameters
+from mscompile.scm import infer_shapes, parameters
 
 LATENCY_SECONDS = 0.4
 """Time spent measuring a pair of models, after one warm-up run each."""

@@ -26,7 +26,7 @@ import scipy.linalg
 
 from mscompile.operators import IntArray, Shape
 from mscompile.operators.backward import Builder
-from mscompile.replacements import RIDGE, TINY
+from mscompile.replacements import stabilise
 from mscompile.scm import Reader, Site
 from mscompile.statistics import Window, WindowMoments
 
@@ -128,10 +128,7 @@ def fit_window(moments: WindowMoments, weight: Array, kept: IntArray, replaced: 
     h = np.block([[within, m[np.ix_(k, marks)]], [m[np.ix_(marks, k)], m[np.ix_(marks, marks)]]])
     cross = np.hstack([((1 - swap) * m + swap * x)[np.ix_(p, k)], m[np.ix_(p, marks)]])
     flat = weight.reshape(-1, weight.shape[2])
-    spread = float(np.diagonal(m)[: window.channels * taps].mean())
-    ridge = np.full(len(h), RIDGE * max(spread, TINY))
-    ridge[len(k) :] = RIDGE * 1e-3  # the marks are of size 1 and hardly penalised
-    h[np.diag_indices_from(h)] += ridge
+    stabilise(h)
     # Products of float32 sums may leave a tiny negative eigenvalue: an indefinite solver copes where Cholesky would stop.
     gained = scipy.linalg.solve(h, cross.T @ flat[p], assume_a="sym")
     columns = flat[k] + gained[: len(k)]
@@ -190,8 +187,11 @@ def _rows_of(build: Builder, matrix: ir.Value) -> ir.Value:
     return build.op("Concat", rows, build.integers([1]), axis=0)
 
 
-def thinning(window: Window, shape: Shape, samples: int) -> int:
-    """Step between observed windows per position axis that leaves about `ROWS_PER_FEATURE` windows per feature."""
+def thinning(window: Window, shape: Shape, samples: int, batches: int) -> int:
+    """Step between observed windows per position axis that leaves about `ROWS_PER_FEATURE` windows per feature.
+
+    Each batch observes from another offset; the step is small enough for the batches to go through all offsets.
+    """
     if not window.kernel or not all(isinstance(d, int) for d in shape[2:]):
         return 1
     extents = []
@@ -200,4 +200,11 @@ def thinning(window: Window, shape: Shape, samples: int) -> int:
         extents.append(max((size - d * (k - 1) - 1) // s + 1, 1))
     wanted = ROWS_PER_FEATURE * window.features
     step = int((samples * math.prod(extents) / wanted) ** (1 / len(extents)))
-    return max(1, min(step, *extents))
+    return max(1, min(step, int(batches ** (1 / len(extents))), *extents))
+
+
+def offset_of(window: Window, thin: int, number: int, seed: int) -> IntArray:
+    """[position axes]: first window that batch `number` observes; consecutive batches go through all offsets."""
+    count = thin ** len(window.kernel)
+    order = np.random.default_rng([seed, number // count]).permutation(count)
+    return np.array(np.unravel_index(order[number % count], (thin,) * len(window.kernel)), dtype=np.int64)

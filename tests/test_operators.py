@@ -226,7 +226,6 @@ def _pools(op: str) -> Iterator[Example]:
         yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1)
         yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], pads=[0, 1, 0, 0], count_include_pad=1, opset=13)
         yield ex(op, x(2, 3, 6, 6), kernel_shape=[3, 3], auto_pad="SAME_LOWER", count_include_pad=1)
-        yield ex(op, x(2, 3, 5, 5), kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1, count_include_pad=1)
 
 
 def _convolutions() -> Iterator[Example]:
@@ -319,8 +318,11 @@ def _normalisations() -> Iterator[Example]:
 CAUTIOUS = [
     ex("Conv", x(2, 3, 6, 6), w(4, 3, 1, 1), w(4)),
     ex("ConvTranspose", x(2, 3, 5), w(3, 2, 2), strides=[2]),
+    ex("AveragePool", x(2, 3, 5, 5), kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1, count_include_pad=1),
 ]
-"""Nothing is mixed between positions, and no border seen, where each position has a tap of its own; not told apart."""
+"""Declared with more caution than is needed: where each position has a tap of its own, nothing mixes and no border shows;
+and windows that hang over the edge count no zeros, as they did in older runtimes.
+"""
 
 
 def _movements() -> Iterator[Example]:

@@ -19,8 +19,12 @@ reads      yes                     no                     contracted with a weig
 A channel on an axis that is in no link is mixed in a way nothing is declared for: a *barrier*, reported with its reason.
 An undeclared operator is a barrier on all axes; it is never assumed to be elementwise.
 
+Beside its declaration stands the operator's reverse-mode rule, which says how gradients come back through it (`backward`).
+A row with a rule and no declaration is a `Barrier`: channels end there, gradients pass.
+
 Passes and analyses ask for links, never for operator names. To add an operator, add a row to `OPERATORS`, and example
-nodes to ``tests/test_operators.py``, where one law per kind is checked by running the operator.
+nodes to ``tests/test_operators.py``, where one law per kind is checked by running the operator, and to
+``tests/test_reverse.py``, where rules are compared with finite differences.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ Declaration = Callable[[NodeView], Signature | str]
 
 @dataclass(frozen=True)
 class Barrier:
-    """Declares nothing about the channels: the operator is a barrier, of which gradients may still have a rule."""
+    """Declares nothing about the channels: the operator is a barrier, through which gradients may still find a way."""
 
     reason: str = "has no declaration"
 

@@ -3,13 +3,13 @@
 A rule takes a `Backward` and returns, for each input operand that wants one, the gradient of ``vᵀ y`` with respect to it,
 built from standard operators; or the reason why it cannot. Rules never differentiate parameters.
 
-The graph also runs on batches of other sizes than the sample that the shapes come from: a rule reads ranks, ones and static
-sizes from them, and asks ``Shape`` of the running graph for anything that may vary.
+Rules hold from opset `OLDEST` on. The graph also runs on batches of other sizes than the sample that the shapes come from:
+a rule reads ranks, ones and static sizes from them, and asks ``Shape`` of the running graph for anything that may vary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PREFIX = "mscompile."
 """Start of every name the compiler gives to a tensor of a throw-away graph."""
+OLDEST = 9
+"""First opset with rules: what they are made of is older."""
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _AXES_OPERAND = {"ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13}
 """Opset from which the axes are an operand; 18 for every other reduction."""
@@ -94,9 +96,9 @@ class Builder:
         """Remove axes of size 1."""
         return self.over("Squeeze", value, axes)
 
-    def size(self, value: ir.Value, axis: int) -> ir.Value:
-        """Size of an axis when the graph runs: int64 [1]."""
-        return self.op("Gather", self.op("Shape", value), self.integers([axis]), axis=0)
+    def extents(self, value: ir.Value, axes: Iterable[int]) -> ir.Value:
+        """Sizes of some axes when the graph runs: an int64 vector."""
+        return self.op("Gather", self.op("Shape", value), self.integers(list(axes)), axis=0)
 
     def fill(self, number: ir.Value, shape: ir.Value) -> ir.Value:
         """A tensor of one number."""
@@ -214,9 +216,9 @@ class Backward:
         """Size of an axis if it is the same in every run, None where that is not known."""
         value = self.view.value(operand)
         assert value is not None
-        shape = self.declared.get(value.name or "", value.shape)
-        size = None if shape is None or len(shape) != self.rank(operand) else shape[axis]
-        return size if isinstance(size, int) else None
+        shape, sample = self.declared.get(value.name or "", value.shape), self.shape(operand)
+        size = None if shape is None or len(shape) != len(sample) else shape[axis]
+        return size if isinstance(size, int) and size == sample[axis] else None
 
     def op(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Output of a new node."""
@@ -257,11 +259,9 @@ class Backward:
     def identity(self, operand: int, axis: int) -> ir.Value:
         """The identity matrix of the size of an axis: through it, a linear operator shows its matrix."""
         size = self.fixed(operand, axis)
-        if size is None and self.opset < 9:
-            (size,) = self.sizes(operand, [axis])
         if size is not None:
             return self.build.constant(np.eye(size), self.dtype)
-        length = self.build.size(self.input(operand), axis)
+        length = self.build.extents(self.input(operand), [axis])
         return self.op("EyeLike", self.build.fill(self.scalar(0.0), self.op("Concat", length, length, axis=0)))
 
     def unbroadcast(self, gradient: ir.Value, operand: int, wide: Shape | None = None) -> ir.Value:

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from mscompile.operators.axes import OUT, Barrier, NodeView, Operator, Signature
-from mscompile.operators.backward import Backward, Reverse, Term, nothing
-from mscompile.operators.sliding import slides
+from mscompile.operators.backward import Backward, NoRuleError, Reverse, Term, nothing
+from mscompile.operators.sliding import pads_to_size, slides
 
 
 def batch_normalisation(node: NodeView) -> Signature | str:
@@ -106,27 +106,24 @@ def layer_normalisation(node: NodeView) -> Signature | str:
 
 def max_pool_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     """The gradient, to the first of the largest elements of each window."""
-    if b.opset < 9:
-        return "pools, in an opset before 9"
     windows = slides(b, b.view.attribute("kernel_shape", ()))
     side_by_side = all(
         w.kernel == w.stride and w.dilation == 1 and w.low == w.high == 0 and isinstance(n, int) and n % w.kernel == 0
         for n, w in zip(b.shape(0)[2:], windows, strict=True)
     )
-    if side_by_side and b.opset >= 11 and math.prod(b.sizes(0, range(2, b.rank(0)))) <= EXACT:
+    fast = side_by_side and b.opset >= 11 and b.dtype == np.float32
+    if fast and math.prod(b.sizes(0, range(2, b.rank(0)))) <= EXACT:
         return {0: _unpool(b, b.gradient, _places(b, [w.kernel for w in windows]))}
     given = {name: a.value for name, a in b.view.node.attributes.items() if name != "storage_order"}
     _, places = b.build.ops("MaxPool", b.input(0), outputs=2, **given)
-    if b.opset >= 16:
-        flat = b.build.integers([-1])
-        parts = [b.op("Reshape", value, flat) for value in (b.zeros(b.input(0)), places, b.gradient)]
-        return {0: b.like(b.op("ScatterElements", *parts, axis=0, reduction="add"), 0)}
-    # Nothing adds up what goes to one place: windows too far apart to overlap, at a time.
     apart = [-(-w.extent // w.stride) for w in windows]
     if max(apart) == 1:
         return {0: _unpool(b, b.gradient, places)}
+    if b.opset >= 16:
+        return {0: _scatter(b, b.gradient, places, reduction="add")}
     if b.opset < 10:
         return "pools in windows that overlap, in an opset before 10"
+    # Nothing adds up what goes to one place: windows too far apart to overlap, at a time.
     axes = b.build.integers(list(range(2, 2 + len(windows))))
     end = b.build.integers([np.iinfo(np.int64).max] * len(windows))
     parts = []
@@ -142,8 +139,18 @@ EXACT = 2**24
 
 def _unpool(b: Backward, gradient: ir.Value, places: ir.Value) -> ir.Value:
     """Each element to its place among the elements of the input, counted through; zeros elsewhere."""
+    if b.dtype != np.float32:  # which is all that onnxruntime unpools
+        return _scatter(b, gradient, places)
     ones = [1] * (b.rank(0) - 2)
     return b.op("MaxUnpool", gradient, places, b.op("Shape", b.input(0)), kernel_shape=ones, strides=ones)
+
+
+def _scatter(b: Backward, gradient: ir.Value, places: ir.Value, **reduction: str) -> ir.Value:
+    """The same, for any type, and added up if so asked."""
+    if b.opset < 11:
+        raise NoRuleError(f"pools values of type {b.dtype}, in an opset before 11")
+    parts = [b.op("Reshape", value, b.build.integers([-1])) for value in (b.zeros(b.input(0)), places, gradient)]
+    return b.like(b.op("ScatterElements", *parts, axis=0, **reduction), 0)
 
 
 def _places(b: Backward, kernel: Sequence[int]) -> ir.Value:
@@ -152,41 +159,36 @@ def _places(b: Backward, kernel: Sequence[int]) -> ir.Value:
     Elements that equal the largest one of their window are numbered downwards through their channel; in each window the one
     with the largest number is first.
     """
-    spatial = len(kernel)
-    shape = b.op("Shape", b.input(0))
-    ends = (range(2), range(2, 2 + spatial))
-    planes, plane = (b.op("Gather", shape, b.build.integers(list(part)), axis=0) for part in ends)
-    planes_count, size = (b.op("ReduceProd", part, keepdims=0) for part in (planes, plane))
-    zero, one, flat = b.build.integers(0), b.build.integers(1), b.build.integers([1, 1])
+    x, y, spatial = b.input(0), b.output(), range(2, 2 + len(kernel))
+    integers, ones = b.build.integers, [1] * len(kernel)
+    channels, channel, pooled = b.build.extents(x, range(2)), b.build.extents(x, spatial), b.build.extents(y, spatial)
+    count, size = (b.op("ReduceProd", part, keepdims=0) for part in (channels, channel))
     # As images of one channel: for several, onnxruntime changes to a layout that the other operators do not take.
-    pooled = b.op("Shape", b.output())
-    image = b.op(
-        "Concat", b.build.integers([-1, 1]), b.op("Gather", pooled, b.build.integers(list(ends[1])), axis=0), axis=0
-    )
+    images = b.op("Reshape", y, b.op("Concat", integers([-1, 1]), pooled, axis=0))
     none, scales = (b.build.constant(numbers, np.float32) for numbers in ([], [1.0, 1.0, *kernel]))
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    largest = b.like(b.op("Resize", b.op("Reshape", b.output(), image), none, scales, **how), 0)
-    down = b.number(b.op("Range", size, zero, b.build.integers(-1)))
-    order = b.op("Reshape", down, b.op("Concat", flat, plane, axis=0))
-    candidates = b.op("Mul", b.number(b.op("Equal", b.input(0), largest)), order)
-    first = b.op("MaxPool", candidates, kernel_shape=kernel, strides=kernel)
-    place = b.op("Cast", b.op("Sub", b.number(size), first), to=int(ir.DataType.INT64))
-    start = b.op("Mul", b.op("Range", zero, planes_count, one), size)
-    return b.op("Add", place, b.op("Reshape", start, b.op("Concat", planes, b.build.integers([1] * spatial), axis=0)))
+    largest = b.number(b.op("Equal", x, b.like(b.op("Resize", images, none, scales, **how), 0)))
+    down = b.number(b.op("Range", size, integers(0), integers(-1)))
+    numbers = b.op("Mul", largest, b.op("Reshape", down, b.op("Concat", integers([1, 1]), channel, axis=0)))
+    first = b.op("MaxPool", numbers, kernel_shape=kernel, strides=kernel)
+    place = b.op("Sub", size, b.op("Cast", first, to=int(ir.DataType.INT64)))
+    start = b.op("Mul", b.op("Range", integers(0), count, integers(1)), size)
+    return b.op("Add", place, b.op("Reshape", start, b.op("Concat", channels, integers(ones), axis=0)))
 
 
 def average_pool_reverse(b: Backward) -> Mapping[int, ir.Value]:
     """The average is linear along each axis; its matrix there is what it makes of the identity."""
     rank, gradient = b.rank(0), b.gradient
     windows = slides(b, b.view.attribute("kernel_shape", ()))
-    same = {name: b.view.attribute(name, 0) for name in ("ceil_mode", "count_include_pad") if name in b.view.node.attributes}
+    named = ("ceil_mode", "count_include_pad", "auto_pad")
+    given = {name: a.value for name, a in b.view.node.attributes.items() if name in named}
     for axis, w in enumerate(windows, start=2):
-        if (w.kernel, w.stride, w.low, w.high) == (1, 1, 0, 0):
-            continue
-        more = same | ({"dilations": [w.dilation]} if w.dilation > 1 else {})
-        unit = b.build.unsqueeze(b.identity(0, axis), [0])
-        mean = b.op("AveragePool", unit, kernel_shape=[w.kernel], strides=[w.stride], pads=[w.low, w.high], **more)
-        gradient = b.build.contract(gradient, axis, rank, b.build.squeeze(mean, [0]))
+        if (w.kernel, w.stride, w.low, w.high) != (1, 1, 0, 0):
+            one = given | ({} if pads_to_size(b.view) else {"pads": [w.low, w.high]})
+            one |= {"dilations": [w.dilation]} if w.dilation > 1 else {}
+            unit = b.build.unsqueeze(b.identity(0, axis), [0])
+            mean = b.op("AveragePool", unit, kernel_shape=[w.kernel], strides=[w.stride], **one)
+            gradient = b.build.contract(gradient, axis, rank, b.build.squeeze(mean, [0]))
     return {0: gradient}
 
 
@@ -285,8 +287,8 @@ def only_data(rule: Callable[[Backward], Term]) -> Reverse:
 def batch_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     """``scale / √(variance + ε)``, per channel."""
     refused = batch_normalisation(b.view)
-    if isinstance(refused, str) or not b.view.attribute("spatial", 1):
-        return refused if isinstance(refused, str) else "normalises each position by itself"
+    if isinstance(refused, str):
+        return refused
     if b.wanted != {0}:
         return "computes its parameters"
     factor = b.of(1) / (b.of(4) + b.view.attribute("epsilon", 1e-5)).of("Sqrt")

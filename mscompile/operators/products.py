@@ -266,8 +266,8 @@ def _spread(b: Backward, windows: Sequence[Slide]) -> ir.Value:
     )
     if exact:
         return spread
-    size = b.op("Gather", b.op("Shape", b.input(0)), b.build.integers(strided), axis=0)
-    return b.op("Slice", spread, b.build.integers([0] * len(strided)), size, b.build.integers(strided))
+    sizes = b.build.extents(b.input(0), strided)
+    return b.op("Slice", spread, b.build.integers([0] * len(strided)), sizes, b.build.integers(strided))
 
 
 ROWS = (

@@ -19,7 +19,7 @@ def concat_reverse(b: Backward) -> Mapping[int, ir.Value]:
     if len(operands) == 1:
         return {0: b.gradient}
     if b.opset >= 13:
-        sizes = b.op("Concat", *(b.build.size(b.input(i), axis) for i in operands), axis=0)
+        sizes = b.op("Concat", *(b.build.extents(b.input(i), [axis]) for i in operands), axis=0)
         parts = b.build.ops("Split", b.gradient, sizes, outputs=len(operands), axis=axis)
     else:
         split = [b.sizes(i, [axis])[0] for i in operands]
@@ -51,7 +51,7 @@ def slice_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
         return {0: _surround(b, b.gradient, [first.get(axis, 0) for axis in range(rank)])}
     gradient = b.gradient
     for place, axis in enumerate(over):
-        numbers = _count_to(b, b.build.size(b.input(0), axis))
+        numbers = _count_to(b, b.build.extents(b.input(0), [axis]))
         operands = [b.op("Gather", b.input(i), b.build.integers([place]), axis=0) for i in (1, 2, 4) if b.view.value(i)]
         kind = {"to": int(ir.DataType.INT64)}
         start, end, *step = (b.op("Cast", operand, **kind) for operand in operands)
@@ -64,10 +64,8 @@ def gather_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     rank, gradient = b.rank(0), b.gradient
     axis = b.view.attribute("axis", 0) % rank
     if b.rank(1) != 1:
-        shape, some = b.op("Shape", b.input(0)), b.build.integers([-1])
-        sides = (b.build.integers(list(part)) for part in (range(axis), range(axis + 1, rank)))
-        before, after = (b.op("Gather", shape, side, axis=0) for side in sides)
-        gradient = b.op("Reshape", gradient, b.op("Concat", before, some, after, axis=0))
+        before, after = (b.build.extents(b.input(0), part) for part in (range(axis), range(axis + 1, rank)))
+        gradient = b.op("Reshape", gradient, b.op("Concat", before, b.build.integers([-1]), after, axis=0))
     given = b.view.constant(1)
     index: list[int] = [] if given is None or b.opset < 11 else given.ravel().tolist()
     if index and index == list(range(index[0], index[-1] + 1)) and (index[0] < 0) == (index[-1] < 0):
@@ -75,12 +73,12 @@ def gather_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     places = b.op("Reshape", b.op("Cast", b.input(1), to=int(ir.DataType.INT64)), b.build.integers([-1]))
     if index and min(index) >= 0 and len(set(index)) == len(index):
         return {0: _put_back(b, gradient, axis, places)}
-    size = b.build.size(b.input(0), axis)
+    size = b.build.extents(b.input(0), [axis])
     if b.opset < 11:  # where OneHot does not count from the end
         negative = b.op("Less", places, b.build.integers(0))
         places = b.op("Where", negative, b.op("Add", places, size), places)
-    hot = b.op("OneHot", places, size, b.build.constant([0.0, 1.0], b.dtype), axis=0)
-    return {0: b.build.contract(gradient, axis, rank, hot)}
+    hot = b.op("OneHot", places, size, b.build.constant([0.0, 1.0], np.float32), axis=0)
+    return {0: b.build.contract(gradient, axis, rank, hot if b.dtype == np.float32 else b.number(hot))}
 
 
 def _count_to(b: Backward, size: ir.Value) -> ir.Value:
@@ -106,7 +104,7 @@ def _put_back(b: Backward, gradient: ir.Value, axis: int, taken: ir.Value) -> ir
     Every place gathers its element, or the zero that is put behind the last one.
     """
     count, rank = b.op("Shape", taken), b.rank(0)
-    nowhere = b.op("Expand", count, b.build.size(b.input(0), axis))
+    nowhere = b.op("Expand", count, b.build.extents(b.input(0), [axis]))
     source = b.op("ScatterElements", nowhere, taken, _count_to(b, count), axis=0)
     pads = b.build.integers([int(place == rank + axis) for place in range(2 * rank)])
     return b.op("Gather", b.op("Pad", gradient, pads), source, axis=axis)
@@ -143,8 +141,10 @@ def scatter_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     return found
 
 
-def top_k_reverse(b: Backward) -> Mapping[int, ir.Value]:
+def top_k_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     """Each element back to its place."""
+    if b.opset < 11:
+        return "chooses by size, in an opset before 11"
     axis = b.view.attribute("axis", -1)
     return {0: b.op("ScatterElements", b.zeros(b.input(0)), b.output(1), b.gradient, axis=axis)}
 
@@ -196,15 +196,14 @@ def resize_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     """The transposed matrix of each axis that is resized."""
     if b.wanted != {0}:
         return "computes how it resizes"
-    attributes = {name: a.value for name, a in b.view.node.attributes.items() if name not in ("axes", "scales")}
+    attributes = {name: a.value for name, a in b.view.node.attributes.items() if name != "axes"}
     if attributes.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         return "crops"
     if attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         return "keeps the aspect ratio"
     rank, gradient = b.rank(0), b.gradient
     operand = 2 if b.opset >= 11 else 1
-    stated: Sequence[float] | None = b.view.attribute("scales", None)  # of Upsample, in its first version
-    scales = b.view.constant(operand) if stated is None else np.array(stated)
+    scales = b.view.constant(operand)
     sized = scales.size == 0 if scales is not None else b.view.value(operand) is None
     axes: Sequence[int] = b.view.attribute("axes", range(rank))
     for place, axis in enumerate(a % rank for a in axes):
@@ -216,10 +215,8 @@ def resize_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
         ones = b.build.constant([1.0, 1.0, 1.0], np.float32)
         none = b.build.constant([], np.float32)
         if sized:
-            ends = [b.build.size(value, axis) for value in (b.input(0), b.output())]
-            how: list[ir.Value] = [none, none, b.op("Concat", b.build.integers([1, 1]), *ends, axis=0)]
-        elif stated is not None:
-            how, attributes["scales"] = [], [1.0, 1.0, 1.0, float(stated[place])]
+            ends = [b.build.extents(value, [axis]) for value in (b.input(0), b.output())]
+            how = [none, none, b.op("Concat", b.build.integers([1, 1]), *ends, axis=0)]
         else:
             scale = b.op("Gather", b.input(operand), b.build.integers([place]), axis=0)
             how = [none] * (operand - 1) + [b.op("Concat", ones, scale, axis=0)]
