@@ -155,7 +155,7 @@ def _pass(
             new = _moments(site, found, centre)
             moments[tensor] = moments[tensor] + new if tensor in moments else new
             if tensor in instrument.differentiated:
-                more = _curvature(site, found, centre, count)
+                more = _curvature(site, found, centre, count, 1.0 if instrument.exact else 1.0 / instrument.probes)
                 curvature[tensor] = curvature[tensor] + more if tensor in curvature else more
         for name, (site, window, _) in instrument.windows.items():
             seen, products = (found[_quantity(name, quantity)] for quantity in ("windows", "window"))
@@ -219,7 +219,7 @@ class Instrument:
             self.differentiated = frozenset(gradients[0].values)
         self._graph.outputs.clear()
         for site in sites:
-            centred = self._sum(site, len(shapes[site.tensor]), gradients, loss)
+            centred = self._sum(site, shapes[site.tensor], gradients, loss)
             for reader in site.readers if measure.windows else ():
                 window = window_of(site, reader, self._build.opset)
                 if window is not None:
@@ -327,9 +327,10 @@ class Instrument:
         """The sums as arrays."""
         return {name: value.numpy() for name, value in state.items()}
 
-    def _sum(self, site: Site, rank: int, gradients: Sequence[Gradients], loss: Gradients | None) -> ir.Value:
+    def _sum(self, site: Site, shape: Shape, gradients: Sequence[Gradients], loss: Gradients | None) -> ir.Value:
         """Return the sums of one site; gives the centred activations."""
-        build, float32 = self._build, int(ir.DataType.FLOAT)
+        build, float32, rank = self._build, int(ir.DataType.FLOAT), len(shape)
+        places = math.prod(int(d or 1) for a, d in enumerate(shape) if a not in (0, site.axis))
         tensor = self._values[site.tensor]
         if self._dtype(site.tensor) != ir.DataType.FLOAT:
             tensor = build.op("Cast", tensor, to=float32)
@@ -337,38 +338,36 @@ class Instrument:
         trailing = rank - 1 - site.axis
         shaped = build.op("Reshape", centre, build.integers([site.size] + [1] * trailing)) if trailing else centre
         centred = build.op("Sub", tensor, shaped)
-        rows = self._rows(centred, site, rank)
         positions = [a for a in range(rank) if a != site.axis]
-        count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
+        count = build.op("Div", build.op("Size", tensor), build.integers(site.size))
         zero, infinity, one = np.float32(0), np.float32(np.inf), (site.size,)
         self._output(site.tensor, "count", count, (), np.int64(0))
         self._output(site.tensor, "sum", self._total(centred, positions), one, zero)
         if self._measure.covariance:
+            rows = self._rows(centred, site, rank)
             self._output(site.tensor, "products", self._products(rows), (site.size, site.size), zero)
-            if self._measure.shared and rank > 2:
+            if self._measure.shared and places > 1:
                 others = self._rows(self._rolled(centred), site, rank)
                 self._output(site.tensor, "shared", self._products(rows, others), (site.size, site.size), zero)
         else:
-            self._output(site.tensor, "squares", self._total(build.op("Mul", centred, centred), positions), one, zero)
+            self._output(
+                site.tensor, "squares", build.reduce("ReduceSumSquare", centred, positions, keepdims=False), one, zero
+            )
         if self._measure.extremes:
             self._output(site.tensor, "low", build.reduce("ReduceMin", tensor, positions, keepdims=False), one, infinity)
             self._output(site.tensor, "high", build.reduce("ReduceMax", tensor, positions, keepdims=False), one, -infinity)
         if site.tensor not in self.differentiated:
             return centred
-        sums: dict[str, list[ir.Value]] = {"s11": [], "s12": [], "s22": [], "second": []}
-        for gradient in gradients:
-            slope = gradient.values[site.tensor]
-            s1 = self._over_positions(slope, site, rank)
-            s2 = self._over_positions(build.op("Mul", slope, centred), site, rank)
-            for name, product in (("s11", (s1, s1)), ("s12", (s1, s2)), ("s22", (s2, s2))):
-                sums[name].append(self._total(build.op("Mul", *product), [0]))
-            if self._measure.second:
-                sums["second"].append(self._products(self._rows(slope, site, rank)))
-        share = 1.0 if self.exact else 1.0 / self.probes
-        for name, parts in sums.items():
-            if parts:
-                total = build.op("Mul", build.op("Sum", *parts), build.constant(share, np.float32))
-                self._output(site.tensor, name, total, one if name != "second" else (site.size, site.size), zero)
+        slopes = [gradient.values[site.tensor] for gradient in gradients]
+        s1 = self._stacked([self._over_positions(slope, site, rank) for slope in slopes])
+        s2 = self._stacked([self._over_positions(build.op("Mul", slope, centred), site, rank) for slope in slopes])
+        # One product of ones with all three side by side: many small nodes would cost more than their work.
+        squares = [build.op("Mul", a, b) for a, b in ((s1, s1), (s1, s2), (s2, s2))]
+        sums = self._total(build.op("Concat", *squares, axis=1), [0])
+        self._output(site.tensor, "curvature", sums, (3 * site.size,), zero)
+        if self._measure.second:
+            rows = self._stacked([self._rows(slope, site, rank) for slope in slopes])
+            self._output(site.tensor, "second", self._products(rows), (site.size, site.size), zero)
         if loss is not None and site.tensor in loss.values:
             slope = loss.values[site.tensor]
             weighted = build.op("Mul", slope, centred)
@@ -446,10 +445,15 @@ class Instrument:
         build = self._build
         if list(axes) != [0]:
             return build.reduce("ReduceSum", value, axes, keepdims=False)
-        samples = build.op("Shape", value)
-        rows = build.op("Concat", build.integers([1]), build.op("Gather", samples, build.integers([0]), axis=0), axis=0)
-        ones = build.op("Expand", build.constant(1.0, np.float32), rows)
+        rows = build.op("Gather", build.op("Shape", value), build.integers([0]), axis=0)
+        ones = build.op(
+            "Expand", build.constant(np.ones((1, 1)), np.float32), build.op("Concat", build.integers([1]), rows, axis=0)
+        )
         return build.op("Reshape", build.op("MatMul", ones, value), build.integers([-1]))
+
+    def _stacked(self, parts: Sequence[ir.Value]) -> ir.Value:
+        """The matrices below each other."""
+        return parts[0] if len(parts) == 1 else self._build.op("Concat", *parts, axis=0)
 
     def _over_positions(self, value: ir.Value, site: Site, rank: int) -> ir.Value:
         """[samples, channels]: sum over the axes that are neither."""
@@ -506,14 +510,15 @@ def _moments(site: Site, found: Arrays, centre: Array) -> Moments:
     return Moments(count, centre + offset, squares, scatter, shared, low, high)
 
 
-def _curvature(site: Site, found: Arrays, centre: Array, samples: int) -> Curvature:
-    """Undo the centring: the graph summed λ (a − centre)."""
+def _curvature(site: Site, found: Arrays, centre: Array, samples: int, share: float) -> Curvature:
+    """Undo the centring: the graph summed λ (a − centre). `share` is the weight of one seed."""
 
-    def taken(quantity: str) -> Array:
+    def taken(quantity: str, size: int) -> Array:
         array = found.get(_name(site, quantity))
-        return np.zeros(site.size) if array is None else array.astype(np.float64)
+        return np.zeros(size) if array is None else array.astype(np.float64)
 
-    s11, s12, s22, g1, g2 = (taken(quantity) for quantity in ("s11", "s12", "s22", "g1", "g2"))
+    s11, s12, s22 = (share * taken("curvature", 3 * site.size)).reshape(3, site.size)
+    g1, g2 = taken("g1", site.size), taken("g2", site.size)
     second = found.get(_name(site, "second"))
     return Curvature(
         samples,
@@ -522,5 +527,5 @@ def _curvature(site: Site, found: Arrays, centre: Array, samples: int) -> Curvat
         s22 + 2 * centre * s12 + centre**2 * s11,
         g1,
         g2 + centre * g1,
-        None if second is None else second.astype(np.float64),
+        None if second is None else share * second.astype(np.float64),
     )

@@ -116,14 +116,14 @@ def compile_model(
         else compile_from_data(source, samples, options, clock, progress)
     )
     warnings += result.warnings
-    for warning in warnings:
-        if on_warning is not None:
-            on_warning(warning)
     compiled = stamp(result.compiled.model, result.plan, source.sha256)
     _document(compiled, source.model)
     with clock.time("save"):
         sha256, size = _write_model(compiled, target, external=external)
     report = build_report(source, result, samples, options, clock, warnings, command, compiled, target, sha256, size)
+    for warning in report.warnings:
+        if on_warning is not None:
+            on_warning(warning)
     if target is not None:
         plan_path, report_path = _beside(target)
         with staged(plan_path) as draft:

@@ -32,6 +32,11 @@ from mscompile.search import Clock, Result
 from mscompile.sizes import Sizes, count_macs, count_parameters, measure_latency
 from mscompile.version import __version__
 
+SLOWER = (
+    "the compiled model is smaller but not faster on this machine: onnxruntime's convolutions are at their best where "
+    "widths are multiples of 16, which --keep SITE=N can ask for"
+)
+
 
 def build_report(
     source: DenseModel,
@@ -59,6 +64,8 @@ def build_report(
             shapes = {name: array.shape for name, array in first.items()}
             macs = count_macs(source.model, shapes), count_macs(compiled, shapes)
             latency = measure_latency(source.model, compiled, probe, batch_size)
+            if latency[1] > latency[0]:
+                warnings = [*warnings, SLOWER]
             difference = _deployment_difference(compiled, first)
     files = (source.path, *source.external) if source.path is not None else ()
     dense_bytes = sum(file.stat().st_size for file in files) if files else ir.to_proto(source.model).ByteSize()

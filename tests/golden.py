@@ -145,3 +145,10 @@ def under_do(source: ir.Model, plan: Plan) -> onnx.ModelProto:
     known = read_scm(source).shapes
     patches = [Patch(site.tensor, len(known[site.tensor]), site.axis) for site in plan.sites]
     return replaced(ir.to_proto(source), map(replacement_of, plan.sites, patches))
+
+
+def array(source: ir.Model, name: str) -> np.ndarray[Any, Any]:
+    """A stored weight."""
+    tensor = source.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()
