@@ -20,7 +20,7 @@ from mscompile.operators.backward import FLOATS
 from mscompile.options import Options
 from mscompile.passes import CANONICALISE
 from mscompile.plan import selectable
-from mscompile.scm import Scm, Site, read_scm
+from mscompile.scm import Scm, Site, read_scm, size_of
 
 Model = str | Path | onnx.ModelProto | ir.Model
 
@@ -126,7 +126,7 @@ def _specs(model: ir.Model) -> Iterator[InputSpec]:
                 why="sequences, optionals and unshaped inputs cannot be calibrated",
                 hint="export the model with tensor inputs",
             )
-        shape = tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        shape = tuple(size_of(d) for d in value.shape)
         yield InputSpec(value.name or "", value.dtype.numpy(), shape)
 
 

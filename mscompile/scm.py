@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mscompile.operators import IntArray, NodeView, Port, Shape, Signature, is_parameter, signature
+from mscompile.operators import Dim, IntArray, NodeView, Port, Shape, Signature, is_parameter, signature
 from mscompile.operators.backward import FLOATS
 
 
@@ -184,8 +184,15 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
     for value in _values(copy.graph):
         shape = value.shape if value.const_value is None else value.const_value.shape
         if value.name and shape is not None:
-            shapes[value.name] = tuple(d if isinstance(d, int) else d.value for d in shape)
+            shapes[value.name] = tuple(size_of(d) for d in shape)
     return shapes
+
+
+def size_of(dim: int | ir.SymbolicDimProtocol) -> Dim:
+    """A dimension as a number or name; some exporters write -1 where it is free."""
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None
+    return dim.value
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
