@@ -44,6 +44,7 @@ class Operand:
     live: bool = True
     dtype: str = "float32"
     low: float = -2.0
+    high: float = 2.0
     given: tuple[float, ...] | None = None
 
     def draw(self, rng: np.random.Generator) -> Array:
@@ -51,7 +52,7 @@ class Operand:
             return np.array(self.given, dtype=self.dtype).reshape(self.shape)
         if self.dtype == "bool":
             return rng.random(self.shape) < 0.5
-        return rng.uniform(self.low, 2.0, self.shape).astype(self.dtype)
+        return rng.uniform(self.low, self.high, self.shape).astype(self.dtype)
 
 
 def x(*shape: int, **how: Any) -> Operand:
@@ -177,7 +178,7 @@ def run(example: Example, arrays: Arrays, **changed: Any) -> Array:
 
 
 _PLAIN = """Relu LeakyRelu ThresholdedRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Mish Tanh Softplus Softsign
-Gelu Erf Exp Abs Neg Sign Floor Ceil Round Sin Cos Identity"""
+Gelu Erf Exp Abs Neg Sign Floor Ceil Round Sin Cos Tan Atan Sinh Cosh Asinh Identity"""
 _POSITIVE = "Log Sqrt Reciprocal"
 _VARIADIC = "Min Max Mean Sum"
 _REDUCTIONS = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceProd ReduceLogSumExp"
@@ -364,6 +365,8 @@ def _movements() -> Iterator[Example]:
 EXAMPLES = [
     *(ex(op, x(2, 3, 4)) for op in _PLAIN.split()),
     *(ex(op, x(2, 3, 4, low=0.5)) for op in _POSITIVE.split()),
+    *(ex(op, x(2, 3, 4, low=-0.6, high=0.6)) for op in ("Asin", "Acos", "Atanh")),
+    ex("Acosh", x(2, 3, 4, low=1.5, high=3.0)),
     ex("LeakyRelu", x(2, 3), alpha=0.3, opset=11),
     ex("Gelu", x(2, 3), approximate="tanh"),
     ex("Swish", x(2, 3, 4), opset=24),
@@ -410,7 +413,7 @@ REFUSED = [
     (ex("ConvTranspose", x(2, 4, 5, 5), w(4, 3, 3, 3), group=2), "is a transposed convolution in groups"),
     (ex("MatMul", x(2, 3, 4), w(4)), "its operands are not matrices of known rank"),
     (ex("Squeeze", x(2, 3, 1, 1)), "squeezes every axis of size 1, whichever these are"),
-    (ex("Tan", x(2, 3)), "has no declaration"),
+    (ex("LRN", x(2, 3, 4, 4), size=3), "has no declaration"),
 ]
 
 every_example = pytest.mark.parametrize("example", EXAMPLES, ids=str)
@@ -658,7 +661,7 @@ def test_constants_stay_constant_unless_guarded(example: Example):
                 arrays.append(None if operand is None else operand.draw(rng))
                 continue
             # Multiples of 1/8 are added and averaged without rounding.
-            levels = rng.integers(max(1, 8 * operand.low), 17, operand.shape[ports[i]] if i in ports else 1) / 8
+            levels = rng.integers(max(1, 8 * operand.low), 8 * operand.high + 1, operand.shape[ports[i]] if i in ports else 1) / 8
             shape = [-1 if a == ports.get(i) else 1 for a in range(len(operand.shape))]
             arrays.append(np.array(np.broadcast_to(levels.reshape(shape), operand.shape), dtype=operand.dtype))
         out = across(run(example, arrays).astype(np.float64), axis)

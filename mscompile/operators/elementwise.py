@@ -129,10 +129,6 @@ SLOPES: Mapping[str, Formula] = {
     "Reciprocal": lambda b: -(b.y * b.y),
     "Sin": lambda b: b.x.of("Cos"),
     "Cos": lambda b: -b.x.of("Sin"),
-}
-"""Derivative by operator, where it acts element by element."""
-
-UNDECLARED_SLOPES: Mapping[str, Formula] = {
     "Tan": lambda b: 1.0 + b.y * b.y,
     "Asin": lambda b: 1.0 / (1.0 - b.x * b.x).of("Sqrt"),
     "Acos": lambda b: -1.0 / (1.0 - b.x * b.x).of("Sqrt"),
@@ -143,6 +139,7 @@ UNDECLARED_SLOPES: Mapping[str, Formula] = {
     "Acosh": lambda b: 1.0 / (b.x * b.x - 1.0).of("Sqrt"),
     "Atanh": lambda b: 1.0 / (1.0 - b.x * b.x),
 }
+"""Derivative by operator, where it acts element by element."""
 
 
 def clip_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
@@ -217,7 +214,6 @@ _COMPARISONS = "Not And Or Xor Equal Greater GreaterOrEqual Less LessOrEqual IsN
 
 ROWS = (
     *(Operator(name, unary, reverse=slope(formula)) for name, formula in SLOPES.items()),
-    *(Operator(name, Barrier(), reverse=slope(formula)) for name, formula in UNDECLARED_SLOPES.items()),
     *(Operator(name, unary, reverse=nothing) for name in _STEPS.split()),
     *(Operator(name, Barrier("compares values"), reverse=nothing) for name in _COMPARISONS.split()),
     Operator("Neg", unary, reverse=lambda b: {0: b.op("Neg", b.gradient)}),
