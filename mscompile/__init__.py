@@ -12,10 +12,10 @@ from mscompile.errors import MscompileError
 
 if TYPE_CHECKING:
     from mscompile.options import Options
-    from mscompile.pipeline import Compilation, compile_model, inspect_model
+    from mscompile.pipeline import Compilation, compile_model, inspect
     from mscompile.version import __version__
 
-__all__ = ["Compilation", "MscompileError", "Options", "__version__", "compile_model", "inspect_model"]
+__all__ = ["Compilation", "MscompileError", "Options", "__version__", "compile_model", "inspect"]
 
 
 def __getattr__(name: str) -> Any:

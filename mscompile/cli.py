@@ -168,9 +168,9 @@ def compile_command(
 def inspect_command(model: Path, as_json: bool, verbose: int) -> None:
     """List what of MODEL can be cut, and why the rest cannot."""
     del verbose  # read by `run` from the command line, so that it holds for every error
-    from mscompile.pipeline import inspect_model
+    from mscompile.pipeline import inspect
 
-    inspection = inspect_model(model)
+    inspection = inspect(model)
     if as_json:
         import json
 

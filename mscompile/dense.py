@@ -44,6 +44,11 @@ class DenseModel:
         return next((s.shape[0] for s in self.specs if s.shape and isinstance(s.shape[0], int)), None)
 
     @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return self.model.graph.opset_imports.get("", 1)
+
+    @property
     def sites(self) -> list[Site]:
         """Sites that may be cut."""
         return [site for sites in self.groups.values() for site in sites]

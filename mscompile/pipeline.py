@@ -41,7 +41,7 @@ class Compilation:
     path: Path | None
 
 
-def inspect_model(model: Model) -> Inspection:
+def inspect(model: Model) -> Inspection:
     """Read a model and say what can be cut, and why the rest is left alone."""
     return inspect_scm(open_dense(model).scm)
 

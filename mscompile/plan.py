@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -102,11 +102,15 @@ class SitePlan(BaseModel):
             raise ValueError(f"site {self.name}: {replaced} channels are replaced but {self.constants.size} constants given")
         if self.affine is not None and self.affine.shape != (replaced, len(self.kept)):
             raise ValueError(f"site {self.name}: `affine` must be [{replaced}, {len(self.kept)}]")
+        if len({window.reader for window in self.windows}) < len(self.windows):
+            raise ValueError(f"site {self.name}: a reader has new weights twice")
         for window in self.windows:
             if window.columns.ndim != 3 or len(window.columns) != len(self.kept) or window.response.ndim != 2:
                 raise ValueError(
                     f"site {self.name}: the weights of reader {window.reader} do not fit {len(self.kept)} channels"
                 )
+            if not np.isfinite(window.columns).all() or not np.isfinite(window.response).all():
+                raise ValueError(f"site {self.name}: the weights of reader {window.reader} must be finite")
             if window.places is not None and window.places.shape != window.columns.shape[:2]:
                 raise ValueError(f"site {self.name}: `places` of reader {window.reader} must be {window.columns.shape[:2]}")
         if not np.isfinite(self.constants).all() or (self.affine is not None and not np.isfinite(self.affine).all()):
@@ -124,7 +128,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     model_sha256: str
     objective: str
     replacement: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from mscompile.calibration import calibrate
@@ -13,16 +14,19 @@ from mscompile.dense import DenseModel, Model, find_data, generated_inputs, noth
 from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.files import output_conflict, save_model, staged
 from mscompile.options import Options
-from mscompile.plan import Plan, make_plan, resolve_keep
+from mscompile.plan import Plan, SitePlan, make_plan, resolve_keep
 from mscompile.prediction import SiteCheck, check_units
+from mscompile.replacements import CONSTANT
 from mscompile.reporting import stamp
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runtime import Progress, no_progress
-from mscompile.scores import score
+from mscompile.scm import Site
+from mscompile.scores import OBJECTIVES, score
 from mscompile.search import order_units, what_to_measure
 from mscompile.statistics import Statistics
 from mscompile.statistics_file import load_statistics, save_statistics
 from mscompile.verify import fold_error, make_pair
+from mscompile.windows import window_name, window_of, window_weight
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
     dense = open_dense(model, options.only, options.freeze)
     found = load_statistics(statistics, model_sha256=dense.sha256)
     dense = dense.restricted(frozenset(found.moments))
+    _check_measured(statistics, found, options)
     scores = score(dense.scm, dense.sites, found, options.objective, seed=options.seed)
     plan = make_plan(
         dense.scm,
@@ -135,6 +140,50 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
         with staged(output) as draft:
             draft.write_text(plan.to_json(), encoding="utf-8")
     return plan
+
+
+def _check_measured(path: Path, found: Statistics, options: Options) -> None:
+    """Refuse statistics that lack what the options need."""
+    missing = []
+    if options.replacement != CONSTANT and any(moments.scatter is None for moments in found.moments.values()):
+        missing.append(f"covariances, which --replacement {options.replacement} needs")
+    if OBJECTIVES[options.objective].curvature != "none" and not found.curvature and not found.refused:
+        missing.append(f"curvature, which --objective {options.objective} needs")
+    if missing:
+        raise UsageError(
+            "the statistics do not hold what this plan needs",
+            where=str(path),
+            why=f"they lack {' and '.join(missing)}",
+            hint="calibrate again with the same --objective and --replacement",
+        )
+
+
+def _check_windows(dense: DenseModel, site: Site, entry: SitePlan) -> None:
+    """Refuse weights for readers that the site does not have, or of shapes that they do not take."""
+    readers = {window_name(reader): reader for reader in site.readers}
+    for planned in entry.windows:
+        reader = readers.get(planned.reader)
+        window = None if reader is None else window_of(site, reader, dense.opset)
+        if reader is None or window is None:
+            why = "the site has no such reader, or it sees one position at a time"
+        else:
+            outputs = window_weight(site, reader, window).shape[2]
+            places = None if window.kernel else np.argsort(reader.index, kind="stable").reshape(site.size, -1)[entry.kept]
+            fits = (
+                planned.columns.shape == (len(entry.kept), window.taps, outputs)
+                and planned.response.shape == (window.marks, outputs)
+                and (planned.places is None) == (places is None)
+                and (planned.places is None or np.array_equal(planned.places, places))  # type: ignore[arg-type]
+            )
+            if fits:
+                continue
+            why = f"it takes {len(entry.kept)} channels × {window.taps} taps × {outputs} outputs and {window.marks} marks"
+        raise UsageError(
+            "the plan's new weights do not fit their reader",
+            where=f"reader {planned.reader!r} of site {entry.name!r}",
+            why=why,
+            hint="plan again from statistics of this model",
+        )
 
 
 @dataclass(frozen=True)
@@ -177,14 +226,17 @@ def apply_plan(
         )
     cuttable = {site.tensor: site for site in dense.sites}
     for entry in plan.sites:
-        site = cuttable.get(entry.tensor)
+        site = cuttable.pop(entry.tensor, None)
         if site is None or (site.size, site.axis) != (entry.size, entry.axis):
             raise UsageError(
                 "the plan names a site that cannot be cut so",
                 where=entry.name,
-                why="the model has no such site" if site is None else f"it has {site.size} channels on axis {site.axis}",
+                why="the model has no such site, or the plan has it twice"
+                if site is None
+                else f"it has {site.size} channels on axis {site.axis}",
                 hint="`mscompile inspect MODEL` lists the sites",
             )
+        _check_windows(dense, site, entry)
     compiled = rewrite(dense.model, plan)
     samples = find_data(dense, data, options) or generated_inputs(dense.specs)
     error = None

@@ -18,6 +18,8 @@ SCHEMA_VERSION = 1
 _MOMENTS = ("mean", "squares", "scatter", "shared", "low", "high")
 _CURVATURE = ("s11", "s12", "s22", "g1", "g2", "second")
 _WINDOW = ("centre", "products", "shared")
+_SQUARE = ("scatter", "shared", "second", "products")
+_OPTIONAL = ("scatter", "shared", "second")
 
 
 def save_statistics(statistics: Statistics, path: Path, *, model_sha256: str) -> None:
@@ -72,17 +74,38 @@ def load_statistics(path: Path, *, model_sha256: str) -> Statistics:
                 hint="calibrate again with `mscompile calibrate MODEL`",
             )
 
-        def taken(kind: str, name: str, quantities: tuple[str, ...]) -> list[Array | None]:
-            return [arrays.get(f"{kind}/{quantity}/{name}") for quantity in quantities]
+        def taken(kind: str, name: str, quantities: tuple[str, ...], size: int) -> list[Array | None]:
+            found = []
+            for quantity in quantities:
+                array = arrays.get(f"{kind}/{quantity}/{name}")
+                if array is None and quantity not in _OPTIONAL:
+                    raise ValueError(f"{kind} of {name!r} lack {quantity!r}")
+                if array is not None:
+                    whole = (size, size) if quantity in _SQUARE else (size,)
+                    finite = quantity in ("low", "high") or bool(np.isfinite(array).all())
+                    if (array.shape != whole and quantity != "centre") or not finite:
+                        raise ValueError(f"{quantity!r} of {name!r} must be {whole} finite numbers")
+                found.append(array)
+            return found
 
-        moments = {n: Moments(count, *taken("moments", n, _MOMENTS)) for n, count in header["moments"].items()}  # type: ignore[arg-type]
-        curvature = {n: Curvature(count, *taken("curvature", n, _CURVATURE)) for n, count in header["curvature"].items()}  # type: ignore[arg-type]
+        counts = [*header["moments"].values(), *header["curvature"].values(), header["samples"]]
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError("counts must be positive")
+        sizes = {name: len(arrays[f"moments/mean/{name}"]) for name in header["moments"]}
+        moments = {
+            n: Moments(count, *taken("moments", n, _MOMENTS, sizes[n]))  # type: ignore[arg-type]
+            for n, count in header["moments"].items()
+        }
+        curvature = {
+            n: Curvature(count, *taken("curvature", n, _CURVATURE, sizes[n]))  # type: ignore[arg-type]
+            for n, count in header["curvature"].items()
+        }
         windows = {}
         for name, entry in header["windows"].items():
             count = entry.pop("count")
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
             window = Window(**fields)
-            centre, products, shared = taken("window", name, _WINDOW)
+            centre, products, shared = taken("window", name, _WINDOW, window.features)
             windows[name] = WindowMoments(window, centre, count, products, shared)  # type: ignore[arg-type]
         return Statistics(
             moments,
@@ -93,7 +116,7 @@ def load_statistics(path: Path, *, model_sha256: str) -> Statistics:
             tuple(header["data_sha256"]),
             header["onnxruntime"],
         )
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(
             "the statistics cannot be read",
             where=str(path),

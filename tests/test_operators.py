@@ -661,7 +661,8 @@ def test_constants_stay_constant_unless_guarded(example: Example):
                 arrays.append(None if operand is None else operand.draw(rng))
                 continue
             # Multiples of 1/8 are added and averaged without rounding.
-            levels = rng.integers(max(1, 8 * operand.low), 8 * operand.high + 1, operand.shape[ports[i]] if i in ports else 1) / 8
+            count = operand.shape[ports[i]] if i in ports else 1
+            levels = rng.integers(max(1, 8 * operand.low), 8 * operand.high + 1, count) / 8
             shape = [-1 if a == ports.get(i) else 1 for a in range(len(operand.shape))]
             arrays.append(np.array(np.broadcast_to(levels.reshape(shape), operand.shape), dtype=operand.dtype))
         out = across(run(example, arrays).astype(np.float64), axis)

@@ -19,7 +19,7 @@ from small_models import FEATURES, mlp, samples, set_weight, weight, with_dead_u
 from mscompile import Compilation, Options, compile_model, files, report
 from mscompile.errors import DataError, GoalError, ModelError, ResourceError, UnsupportedError, UsageError
 from mscompile.models import path as shipped
-from mscompile.pipeline import inspect_model
+from mscompile.pipeline import inspect
 from mscompile.plan import Plan
 
 HALF = Options(keep=0.5)
@@ -336,7 +336,7 @@ def test_large_weights_go_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "out.onnx.data").is_file()
     assert outputs(tmp_path / "out.onnx", samples())[0].shape == (400, 3)
     assert result.report.sizes.compiled.bytes > (tmp_path / "out.onnx.data").stat().st_size
-    assert inspect_model(tmp_path / "out.onnx").reachable == 1.0
+    assert inspect(tmp_path / "out.onnx").reachable == 1.0
 
 
 def test_models_larger_than_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

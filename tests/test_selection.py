@@ -1,0 +1,170 @@
+"""Which units go first, against eliminations that compute every step afresh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mscompile.replacements import RIDGE, fit_affine, interchanged, stabilise
+from mscompile.scm import Site
+from mscompile.scores import Scores
+from mscompile.selection import additive_order, joint_order
+from mscompile.statistics import Curvature, Moments, Statistics
+
+Array = npt.NDArray[np.float64]
+
+SAMPLES = 500
+"""The counts do not matter: curvature and moments are divided by them."""
+RIDGES = 100 * RIDGE
+"""Relative; the ridge moves a risk by about its share times the condition of a covariance, here below 100."""
+
+
+def random_covariance(rng: np.random.Generator, size: int, rank: int | None = None) -> Array:
+    """Correlated channels of variances that span three orders of magnitude."""
+    factor = rng.standard_normal((size, rank or 2 * size)) * 10.0 ** rng.uniform(-1.5, 0, (size, 1))
+    return factor @ factor.T / factor.shape[1]
+
+
+def site(name: str, units: Any) -> Site:
+    return Site(name, 1, np.asarray(units), (), 0, None)
+
+
+def statistics(
+    covariances: dict[str, Array], curvatures: dict[str, Array], common: dict[str, Array] | None = None
+) -> Statistics:
+    moments, curvature = {}, {}
+    for name, sigma in covariances.items():
+        zero, shared = np.zeros(len(sigma)), (common or {}).get(name)
+        scatter, between = sigma * SAMPLES, None if shared is None else shared * SAMPLES
+        moments[name] = Moments(SAMPLES, zero, np.diagonal(scatter), scatter, between, zero - np.inf, zero + np.inf)
+        curvature[name] = Curvature(SAMPLES, zero, zero, zero, zero, zero, curvatures[name] * SAMPLES)
+    return Statistics(moments, curvature, {}, {}, SAMPLES, (), "")
+
+
+def afresh(sites: list[Site], known: Statistics, swap: float) -> list[int]:
+    """Backward elimination, A⁻¹, B and M from their definitions at each step."""
+    units = sorted({int(u) for s in sites for u in s.units})
+    order: list[int] = []
+    while len(units) > 1:
+        costs = dict.fromkeys(units, 0.0)
+        for s in sites:
+            moments, second = known.moments[s.tensor], known.curvature[s.tensor].second
+            assert second is not None
+            a = interchanged(moments.covariance, moments.common, swap)
+            stabilise(a)
+            k, p = (np.flatnonzero(np.isin(s.units, units, invert=away)) for away in (False, True))
+            inverse = np.linalg.inv(a[np.ix_(k, k)])
+            stacked = np.vstack([np.eye(len(k)), a[np.ix_(p, k)] @ inverse])
+            both = np.concatenate([k, p])
+            m = stacked.T @ (second / SAMPLES)[np.ix_(both, both)] @ stacked
+            for unit, cost in zip(s.units[k].tolist(), 0.5 * np.diagonal(m) / np.diagonal(inverse), strict=True):
+                costs[unit] += cost
+        gone = min(units, key=costs.__getitem__)
+        order.append(gone)
+        units.remove(gone)
+    return order + units
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.1])
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_joint_order_of_one_site(size: int, positions: bool, swap: float) -> None:
+    rng = np.random.default_rng(size)
+    sigma = random_covariance(rng, size)
+    common = {"h": random_covariance(rng, size, 3) * 0.1}
+    known = statistics({"h": sigma + common["h"]}, {"h": random_covariance(rng, size)}, common if positions else None)
+    sites = [site("h", np.arange(size) + 3)]
+    assert joint_order(sites, known, swap).tolist() == afresh(sites, known, swap)
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.1])
+def test_joint_order_of_two_sites(swap: float) -> None:
+    """The units of a group may be read at several sites, in another order, and not all of them at each."""
+    rng = np.random.default_rng(5)
+    sites = [site("h", np.arange(30)), site("g", rng.permutation(np.arange(10, 40)))]
+    known = statistics(*({name: random_covariance(rng, 30) for name in ("h", "g")} for _ in range(2)))
+    order = joint_order(sites, known, swap)
+    assert order.tolist() == afresh(sites, known, swap)
+    assert order.tolist() != joint_order(sites[:1], known, swap).tolist()
+
+
+def test_joint_order_goes_by_the_increase_of_the_risk() -> None:
+    """½ tr(G_PP R_PP) of the fit itself grows by least at each step; without interchange the two agree exactly."""
+    rng, size = np.random.default_rng(2), 16
+    sigma, second = random_covariance(rng, size), random_covariance(rng, size)
+    known = statistics({"h": sigma}, {"h": second})
+
+    def risk(removed: list[int]) -> float:
+        p, k = np.array(removed), np.setdiff1d(np.arange(size), removed)
+        error = fit_affine(known.moments["h"], k, p, 0.0).error_moment(known.moments["h"], k, p)
+        return 0.5 * float(np.sum(second[np.ix_(p, p)] * error))
+
+    order = joint_order([site("h", np.arange(size))], known, 0.0).tolist()
+    for step in range(size - 1):
+        least = min(risk([*order[:step], other]) for other in order[step:])
+        assert risk(order[: step + 1]) <= least * (1 + RIDGES)
+
+
+def test_many_units_go_in_blocks() -> None:
+    rng, size = np.random.default_rng(3), 400
+    known = statistics({"h": random_covariance(rng, size)}, {"h": random_covariance(rng, size)})
+    order = joint_order([site("h", np.arange(size))], known, 0.1)
+    assert sorted(order) == list(range(size))
+    bracket = interchanged(known.moments["h"].covariance, np.zeros((size, size)), 0.1)
+    stabilise(bracket)
+    second = known.curvature["h"].second
+    assert second is not None
+    costs = np.diagonal(second) / np.diagonal(np.linalg.inv(bracket))
+    assert order[:3].tolist() == np.argsort(costs)[:3].tolist()  # 400 / 128 at a time
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.1])
+@pytest.mark.parametrize("seed", range(10))
+def test_rescaled_units_are_chosen_alike(seed: int, swap: float) -> None:
+    """relu(α x) / α = relu(x): weights before and after a unit may be rescaled without changing the network."""
+    rng, size = np.random.default_rng(seed), 64
+    sigma, second = random_covariance(rng, size), random_covariance(rng, size)
+    alpha = 10.0 ** rng.uniform(-1, 1, size)
+    scale = np.outer(alpha, alpha)
+    sites = [site("h", np.arange(size))]
+    plain = joint_order(sites, statistics({"h": sigma}, {"h": second}), swap)
+    rescaled = joint_order(sites, statistics({"h": sigma * scale}, {"h": second / scale}), swap)
+    for keep in range(8, size, 8):
+        a, b = set(plain[-keep:].tolist()), set(rescaled[-keep:].tolist())
+        assert len(a & b) / len(a | b) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("death", "swap"), [("constant", 0.0), ("constant", 0.1), ("unread", 0.0), ("unread", 0.1), ("redundant", 0.0)]
+)
+def test_dead_units_go_first(death: str, swap: float) -> None:
+    """Units that never vary, that nothing reads or that others determine; under interchange a copy is no such stand-in."""
+    rng, size, dead = np.random.default_rng(4), 20, np.array([3, 8, 17])
+    sigma, second = random_covariance(rng, size), random_covariance(rng, size)
+    if death == "unread":
+        second[dead] = second[:, dead] = 0.0
+    elif death == "constant":
+        sigma[dead] = sigma[:, dead] = 0.0
+    else:
+        mixture = np.eye(size)
+        mixture[dead] = 0.0
+        mixture[dead, dead - 1] = 2.0
+        sigma = mixture @ sigma @ mixture.T
+    order = joint_order([site("h", np.arange(size))], statistics({"h": sigma}, {"h": second}), swap)
+    gone = set(order[: len(dead)].tolist())
+    if death == "redundant":  # either of the two may go
+        assert {min(abs(dead - u)) for u in gone} <= {0, 1}
+        assert len({int(np.argmin(abs(dead - u))) for u in gone}) == len(dead)
+    else:
+        assert gone == set(dead.tolist())
+
+
+def test_additive_order_sums_scores_over_sites() -> None:
+    sites = [site("h", [4, 5, 6, 7]), site("g", [7, 6, 5])]
+    risk = {"h": np.array([3.0, 1.0, 2.0, 0.5]), "g": np.array([4.0, 0.0, 1.0])}
+    scores = Scores("random", risk, {}, {})
+    assert additive_order(sites, scores).tolist() == [5, 6, 4, 7]  # 2, 2, 3 and 4.5; ties in the order of the units
+    assert additive_order(sites[:1], scores).tolist() == [7, 5, 6, 4]
