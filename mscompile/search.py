@@ -382,7 +382,8 @@ class Search:
         fidelity = FidelityReport(
             metric=interchange.metric.name,
             iia=main.iia,
-            iia_lower=main.iia_lower,
+            # Where candidates were tested in turn, what holds with probability 1 − δ is that each reaches the goal.
+            iia_lower=options.fidelity if entries else main.iia_lower,
             law=main.law,
             swap=main.swap,
             delta=main.delta,
