@@ -96,8 +96,8 @@ class LawReport(_Section):
 class FidelityReport(LawReport):
     """Agreement under interchange on data that took no part in calibration or choice.
 
-    `iia_lower` is certified for interchange by `law` with probability `swap`, with error probability `delta`; where it is the
-    last of several candidates tested in a fixed order (`attempts`), it is the goal they were tested for. `stress` holds other
+    `iia_lower` is certified for interchange by `law` with probability `swap`, with error probability `delta`. Of the last of
+    several candidates tested in a fixed order (`attempts`) it is the goal that they were tested for. `stress` holds other
     laws, measured and not certified.
     """
 
