@@ -13,10 +13,11 @@ from typing import get_args
 import numpy as np
 
 from mscompile import data as data_module
-from mscompile.calibration import Measure, calibrate
+from mscompile.calibration import calibrate
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
 from mscompile.errors import DataError, GoalError, UnsupportedError
+from mscompile.instrument import Measure
 from mscompile.metrics import METRICS
 from mscompile.operators import IntArray
 from mscompile.options import Options

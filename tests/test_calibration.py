@@ -9,8 +9,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from mscompile.calibration import Measure, calibrate, random_signs
+from mscompile.calibration import calibrate
 from mscompile.data import Samples
+from mscompile.instrument import Measure, random_signs
 from mscompile.operators.backward import Builder
 from mscompile.reverse import differentiate, sample_shapes
 from mscompile.runtime import Session

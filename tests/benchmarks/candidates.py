@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mscompile.calibration import Measure, calibrate
+from mscompile.calibration import calibrate
 from mscompile.data import Samples, Source, read
 from mscompile.dense import DenseModel
+from mscompile.instrument import Measure
 from mscompile.operators import IntArray
 from mscompile.options import Options
 from mscompile.plan import Keep, Plan, make_plan, resolve_keep
