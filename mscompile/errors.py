@@ -19,10 +19,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 
-class MscompileWarning(UserWarning):
-    """Something the user should know that does not stop the work."""
-
-
 class MscompileError(Exception):
     """Base of all errors raised on purpose.
 

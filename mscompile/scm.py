@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -85,6 +86,13 @@ class Reader:
         value = self.node.inputs[self.signature.linear.weight]  # type: ignore[union-attr]
         assert value is not None
         return value
+
+    def columns(self, size: int) -> npt.NDArray[np.float64]:
+        """[channels, places, rest]: the weight in float64, in the order of a site's `size` channels."""
+        tensor = self.weight.const_value
+        assert tensor is not None
+        weight = np.moveaxis(tensor.numpy().astype(np.float64), self.axis, 0)
+        return weight[np.argsort(self.index, kind="stable")].reshape(size, -1, *weight.shape[1:])
 
     @property
     def border(self) -> bool:

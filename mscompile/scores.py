@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mscompile.scm import Reader, Scm, Site
+from mscompile.scm import Scm, Site
 from mscompile.statistics import Curvature, Moments, Statistics
 
 Array = npt.NDArray[np.float64]
@@ -85,25 +85,11 @@ class Objective:
     gradient: bool = False
 
 
-def weight_rows(reader: Reader) -> Array:
-    """[columns, rest]: the reader's weight in float64, contracted axis first, the other axes flattened."""
-    tensor = reader.weight.const_value
-    assert tensor is not None
-    weight = np.moveaxis(tensor.numpy().astype(np.float64), reader.axis, 0)
-    return weight.reshape(len(weight), -1) * reader.signature.linear.gain  # type: ignore[union-attr]
-
-
-def by_channel(reader: Reader, rows: Array, size: int) -> Array:
-    """[channels, places · rest]: the weight rows of each of the site's channels side by side."""
-    order = np.argsort(reader.index, kind="stable")
-    return rows[order].reshape(size, -1)
-
-
 def reader_curvature(site: Site) -> Array:
     """G = Σ_readers W Wᵀ, [channels, channels]: squared change of the readers' outputs per unit of activation."""
     total = np.zeros((site.size, site.size))
     for reader in site.readers:
-        weight = by_channel(reader, weight_rows(reader), site.size)
+        weight = reader.columns(site.size).reshape(site.size, -1) * reader.signature.linear.gain  # type: ignore[union-attr]
         total += weight @ weight.T
     return total
 

@@ -76,12 +76,10 @@ def window_name(reader: Reader) -> str:
 
 def window_weight(site: Site, reader: Reader, window: Window) -> Array:
     """[channels, taps, outputs]: a reader's weight in float64."""
-    tensor = reader.weight.const_value
-    assert tensor is not None
-    weight = np.moveaxis(tensor.numpy().astype(np.float64), reader.axis, 0)
-    if window.kernel:
-        return np.ascontiguousarray(weight.reshape(site.size, len(weight[0]), window.taps).transpose(0, 2, 1))
-    return weight[np.argsort(reader.index, kind="stable")].reshape(site.size, window.taps, -1)
+    columns = reader.columns(site.size)
+    if not window.kernel:
+        return columns
+    return np.ascontiguousarray(columns.reshape(site.size, -1, window.taps).transpose(0, 2, 1))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.passes.readers import by_channel, rewrite_reader
+from mscompile.passes.readers import rewrite_reader
 from mscompile.passes.replace import Replacement, replacements
 from mscompile.scm import Reader, Scm, read_scm
 
@@ -45,7 +45,7 @@ class FoldReplacements(ir.passes.InPlacePass):
 
 def fold_into(graph: ir.Graph, scm: Scm, reader: Reader, replacement: Replacement) -> None:
     """Fold one replacement into one reader."""
-    columns = by_channel(reader, replacement.size)
+    columns = reader.columns(replacement.size)
     away = columns[replacement.replaced]
     response = np.tensordot(replacement.constants, away, axes=1)
     if replacement.matrix is not None:

@@ -49,19 +49,13 @@ def owned(graph: ir.Graph, node: ir.Node, operand: int, array: np.ndarray) -> No
         node.replace_input_with(operand, add_parameter(graph, old.name or "weight", tensor.numpy(), dtype))
 
 
-def by_channel(reader: Reader, size: int) -> np.ndarray:
-    """[channels, places, rest]: a reader's weight in float64, columns in the order of the site's channels."""
-    weight = np.moveaxis(array_of(reader.weight).astype(np.float64), reader.axis, 0)
-    return weight[np.argsort(reader.index, kind="stable")].reshape(size, -1, *weight.shape[1:])
-
-
 def rewrite_reader(graph: ir.Graph, scm: Scm, reader: Reader, columns: np.ndarray, response: np.ndarray) -> None:
     """Give a reader new weights and what constants contribute.
 
     Parameters
     ----------
     columns
-        [channels, places, rest], as of `by_channel`.
+        [channels, places, rest], as of `Reader.columns`.
     response
         [places, rest]: the weight on a channel of ones. To a reader that pads it is just that, and a Carry node provides the
         channel; to others it is a bias.

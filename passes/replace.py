@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mscompile.operators import DIALECT
-from mscompile.passes.readers import add_parameter, array_of, by_channel, rewrite_reader
+from mscompile.passes.readers import add_parameter, array_of, rewrite_reader
 from mscompile.plan import Plan, SitePlan, WindowPlan
 from mscompile.scm import Reader, Scm, Site, read_scm
 from mscompile.windows import window_name
@@ -112,7 +112,7 @@ class WriteReplacements(ir.passes.InPlacePass):
 
 def _refit(graph: ir.Graph, scm: Scm, site: Site, reader: Reader, planned: SitePlan, window: WindowPlan) -> None:
     """Give a reader the weights fitted over its window: on retained channels, on ones, and zeros on the others."""
-    dense = by_channel(reader, site.size)
+    dense = reader.columns(site.size)
     columns, response = np.zeros_like(dense), np.zeros_like(dense[0])
     retained, taps, outputs = window.columns.shape
     if window.places is None:  # [channels, 1, outputs, kernel]
