@@ -93,3 +93,56 @@ def kl_divergence(dense: npt.NDArray[np.float64], compiled: npt.NDArray[np.float
     log_p = scipy.special.log_softmax(dense, axis=-1)
     log_q = scipy.special.log_softmax(compiled, axis=-1)
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
+
+
+def relative_mse(wanted: npt.NDArray[np.float64], found: npt.NDArray[np.float64]) -> float:
+    """Mean squared difference over the variance of `wanted` around its mean over samples."""
+    difference = Difference(classes=False)
+    difference.add(wanted, found)
+    return difference.relative_mse
+
+
+class Difference:
+    """How far outputs lie apart, summed up batch by batch.
+
+    Attributes
+    ----------
+    count
+        Samples seen.
+    squared
+        Σ ‖wanted − found‖² over samples.
+    """
+
+    def __init__(self, *, classes: bool) -> None:
+        self.classes = classes
+        self.count, self.entries, self.squared = 0, 1, 0.0
+        self._kl, self._scatter = 0.0, 0.0
+        self._mean: npt.NDArray[np.float64] | None = None
+
+    def add(self, wanted: Array, found: Array) -> None:
+        """Take in [samples, …] outputs."""
+        y, z = wanted.astype(np.float64), found.astype(np.float64)
+        if not len(y):
+            return
+        self.squared += float(np.square(y - z).sum())
+        if self.classes:
+            self._kl += kl_divergence(y, z) * len(y)
+        mean = y.mean(axis=0)
+        self._scatter += float(np.square(y - mean).sum())  # around the batch's mean, then moved to that of all
+        if self._mean is None:
+            self._mean, self.entries = mean, max(mean.size, 1)
+        else:
+            total = self.count + len(y)
+            self._scatter += self.count * len(y) / total * float(np.square(mean - self._mean).sum())
+            self._mean = self._mean + (mean - self._mean) * (len(y) / total)
+        self.count += len(y)
+
+    @property
+    def relative_mse(self) -> float:
+        """Squared difference over the scatter of what is wanted around its mean."""
+        return self.squared / max(self._scatter, float(np.finfo(np.float64).tiny) * self.entries * max(self.count, 1))
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL divergence in nats, for class scores."""
+        return self._kl / max(self.count, 1) if self.classes else None

@@ -36,6 +36,8 @@ class Session:
         rounding, and now and then more than that.
     threads
         Threads per operator; onnxruntime's own choice if None.
+    weights
+        Initializers that the graph names as external and does not hold, see `surgery.weightless`; they are not copied.
 
     Raises
     ------
@@ -43,7 +45,14 @@ class Session:
         onnxruntime refuses the model.
     """
 
-    def __init__(self, model: ir.Model | onnx.ModelProto, *, optimise: bool = True, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: ir.Model | onnx.ModelProto,
+        *,
+        optimise: bool = True,
+        threads: int | None = None,
+        weights: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         level = ort.GraphOptimizationLevel
@@ -55,6 +64,9 @@ class Session:
             if folder is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
             model = ir.to_proto(model)
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in (weights or {}).items()}
+        if self._weights:
+            options.add_external_initializers(list(self._weights), list(self._weights.values()))
         try:
             self._session = ort.InferenceSession(
                 model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]

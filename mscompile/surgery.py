@@ -36,6 +36,32 @@ class Patch:
         return swapped.reshape(shape)
 
 
+HEAVY = 1 << 10
+"""Bytes from which a weight is left out of a throw-away graph."""
+_SHARED = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.INT8,
+    onnx.TensorProto.UINT8,
+}
+
+
+def weightless(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[np.generic]]]:
+    """Copy of a model without its heavy weights, and these, so that many sessions share one copy of them."""
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(model)
+    weights: dict[str, npt.NDArray[np.generic]] = {}
+    for tensor in skeleton.graph.initializer:
+        if tensor.data_type in _SHARED and tensor.ByteSize() >= HEAVY:
+            weights[tensor.name] = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
+            stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.data_location = onnx.TensorProto.EXTERNAL
+            stub.external_data.append(onnx.StringStringEntryProto(key="location", value="shared"))
+            tensor.CopyFrom(stub)
+    return skeleton, weights
+
+
 def probe(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """Copy of a model that also returns the named tensors."""
     graph = gs.import_onnx(model)

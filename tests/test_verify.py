@@ -201,18 +201,23 @@ def by_hand(model: onnx.ModelProto, plan: Plan, x: Array, law: str, swap: float,
                 hidden[:, site.replaced] = hidden[:, site.kept] @ site.affine.T + site.constants
         return [*found, hidden @ w[2] + b[2]]
 
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(x))
+    order = np.random.default_rng(seed).permutation(len(x))
     trials = len(x) // 2
+    drawn, numbers = [], [[] for _ in plan.sites]
+    for chunk in range(trials // 64 + 1):  # what is drawn does not depend on the batch size
+        rng = np.random.default_rng([seed, chunk])
+        drawn += (rng.random(64) * len(plan.sites)).astype(int).tolist()
+        for i, site in enumerate(plan.sites):
+            numbers[i] += rng.random((64, site.size), dtype=np.float32).tolist()
     outputs: tuple[list[Array], list[Array]] = ([], [])
     for start in range(0, trials, BATCH):
         base, source = (x[part[start : start + BATCH]] for part in (order[:trials], order[trials : 2 * trials]))
-        drawn = rng.integers(len(plan.sites), size=len(base))
+        rows = slice(start, start + len(base))
         taken = []
         for i, site in enumerate(plan.sites):
-            chosen = rng.random((len(base), len(site.kept))) < swap
+            chosen = np.array(numbers[i])[rows][:, site.kept] < swap
             taken.append(np.zeros((len(base), site.size), dtype=bool))
-            taken[i][:, site.kept] = chosen & (drawn == i)[:, None] if law == "one-site" else chosen
+            taken[i][:, site.kept] = chosen & (np.array(drawn[rows]) == i)[:, None] if law == "one-site" else chosen
         dense_source = values(source, lambda _, h: h, compiled=False)
 
         def patch(i: int, h: Array, taken: Any = taken, new: Any = dense_source) -> Array:

@@ -1,0 +1,369 @@
+"""Interchange interventions on a dense and a compiled model: retained units take the values they have on another input.
+
+Both models then give an answer; how often it is the same is the interchange-intervention accuracy. Two conventions say
+which values go into the compiled model: *matched*, the dense model's, as in the dense one; *own*, those that the compiled
+model itself has on the source. Units that the compiled model has not got keep their base values in the dense one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from mscompile.data import Samples
+from mscompile.errors import DataError, VerificationError
+from mscompile.interventions import Feed, Intervened, Setting
+from mscompile.metrics import Metric, default_metric
+from mscompile.operators import IntArray
+from mscompile.runtime import Arrays
+from mscompile.surgery import Patch
+
+Law = Literal["one-site", "all-sites"]
+CHUNK = 64
+"""Trials whose random numbers come from one generator: what is drawn does not depend on the batch size."""
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """One site in both models: channel `kept[i]` of the dense tensor is channel `places[i]` of the compiled one.
+
+    `size` and `width` are the numbers of channels; those of either model beyond the pairs are never set.
+    """
+
+    dense: Patch
+    compiled: Patch
+    size: int
+    width: int
+    kept: IntArray
+    places: IntArray
+
+    @property
+    def origin(self) -> IntArray:
+        """[width] dense channel whose value a compiled channel takes; 0 where it takes none."""
+        origin = np.zeros(self.width, dtype=np.int64)
+        origin[self.places] = self.kept
+        return origin
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense model, its compiled model and tau: how their sites correspond."""
+
+    dense: onnx.ModelProto
+    compiled: onnx.ModelProto
+    sites: tuple[Correspondence, ...]
+
+
+class Draws:
+    """The random numbers of a sequence of trials: which site, and a number in [0, 1) for each dense unit.
+
+    A unit is swapped where its number is below the swap probability, so that laws of other probabilities, and other compiled
+    models, share the numbers and can be compared trial by trial.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int]) -> None:
+        self.seed, self.sizes = seed, tuple(sizes)
+
+    def chunk(self, number: int) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
+        """[CHUNK] and, for each site, [CHUNK, channels]."""
+        rng = np.random.default_rng([self.seed, number])
+        return rng.random(CHUNK), [rng.random((CHUNK, size), dtype=np.float32) for size in self.sizes]
+
+    def take(self, start: int, stop: int) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
+        """The numbers of trials `start` to `stop`."""
+        first = start // CHUNK
+        chunks = [self.chunk(number) for number in range(first, math.ceil(stop / CHUNK))]
+        rows = slice(start - first * CHUNK, stop - first * CHUNK)
+        places = np.concatenate([place for place, _ in chunks])[rows]
+        return places, [np.concatenate([units[i] for _, units in chunks])[rows] for i in range(len(self.sizes))]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """A batch of interchanges.
+
+    Attributes
+    ----------
+    base, source
+        [trials] numbers of the samples.
+    masks
+        Per site, [trials, retained]: which pairs of channels were swapped.
+    dense, matched, own
+        [trials, …] outputs; the last is None where it was not asked for.
+    """
+
+    base: IntArray
+    source: IntArray
+    masks: list[npt.NDArray[np.bool_]]
+    dense: npt.NDArray[Any]
+    matched: npt.NDArray[Any]
+    own: npt.NDArray[Any] | None
+
+
+def disjoint_pairs(count: int, seed: int) -> tuple[IntArray, IntArray]:
+    """Bases and sources: every one of `count` samples in one pair at most, so that trials speak of the population."""
+    order = np.random.default_rng(seed).permutation(count)
+    trials = count // 2
+    return order[:trials], order[trials : 2 * trials]
+
+
+class Engine:
+    """Both models opened for interchange; building one runs the self-checks.
+
+    A null patch and a self patch must leave either model's outputs bit for bit as they are; where the sites lie on every
+    path from input to output, patching all their channels must reproduce the source's outputs.
+
+    Attributes
+    ----------
+    output
+        Name of the output compared: the first of floating point.
+    metric
+        How outputs are compared.
+    full_source_checked
+        Whether the sites lie on every path, so that the third check was made.
+    """
+
+    def __init__(self, pair: Pair, samples: Samples, *, batch_size: int, metric: Metric | None = None) -> None:
+        self.pair, self.batch_size = pair, batch_size
+        self.dense = Intervened(pair.dense, [site.dense for site in pair.sites])
+        self.compiled = Intervened(pair.compiled, [site.compiled for site in pair.sites])
+        self.output = compared_output(pair.dense)
+        self.answer = self.output if self.output in self.compiled.outputs else compared_output(pair.compiled)
+        self.batch = next(samples.batches(min(batch_size, len(samples))))
+        values = self.dense.read(self.batch)
+        self.metric = metric if metric is not None else default_metric(values[self.output])
+        check_patches("dense", self.dense, self.batch, self.output)
+        check_patches("compiled", self.compiled, self.batch, self.answer)
+        self.full_source_checked = cuts_all_paths(pair.dense, [s.dense.tensor for s in pair.sites], self.output)
+        if self.full_source_checked:
+            check_full_source(self.dense, self.batch, self.output)
+
+    def trials(
+        self,
+        samples: Samples,
+        base: IntArray,
+        source: IntArray,
+        *,
+        law: Law,
+        swap: float,
+        seed: int,
+        own: bool = False,
+    ) -> Iterator[Trials]:
+        """Interchange the pairs (base[i], source[i]) in order, a batch at a time.
+
+        Three forward passes each; with `own`, five.
+        """
+        draws = Draws(seed, [site.size for site in self.pair.sites])
+        for start in range(0, len(base), self.batch_size):
+            stop = min(start + self.batch_size, len(base))
+            masks = self.masks(draws, start, stop, law, swap)
+            yield self.interchange(samples, base[start:stop], source[start:stop], masks, own=own)
+
+    def masks(self, draws: Draws, start: int, stop: int, law: Law, swap: float) -> list[npt.NDArray[np.bool_]]:
+        """Per site, [trials, retained]: the units that a law swaps."""
+        places, units = draws.take(start, stop)
+        drawn = (places * len(self.pair.sites)).astype(np.int64)
+        masks = []
+        for number, (site, numbers) in enumerate(zip(self.pair.sites, units, strict=True)):
+            chosen = numbers[:, site.kept] < swap
+            masks.append(chosen & (drawn == number)[:, None] if law == "one-site" else chosen)
+        return masks
+
+    def interchange(
+        self,
+        samples: Samples,
+        base: IntArray,
+        source: IntArray,
+        masks: list[npt.NDArray[np.bool_]],
+        *,
+        own: bool = False,
+    ) -> Trials:
+        """One batch under given masks; a batch shorter than the others is filled up, for models of a fixed batch size."""
+        full = _padding(len(base), self.batch_size if self._fixed else 0)
+        rows = np.concatenate([np.arange(len(base)), np.zeros(full, dtype=np.int64)])
+        base_feed, source_feed = (samples.take(part[rows]).inputs for part in (base, source))
+        padded = [mask[rows] for mask in masks]
+        values = self.dense.read(source_feed, [site.dense.tensor for site in self.pair.sites])
+        dense = self.dense.run(base_feed, self._dense_settings(padded, values), [self.output])[self.output]
+        matched = self._run_compiled(base_feed, self._matched_settings(padded, values))
+        mine = None
+        if own:
+            values = self.compiled.read(source_feed, [site.compiled.tensor for site in self.pair.sites])
+            settings = {
+                site.compiled.tensor: (self._narrow(site, mask), values[site.compiled.tensor])
+                for site, mask in zip(self.pair.sites, padded, strict=True)
+            }
+            mine = self._run_compiled(base_feed, settings)[: len(base)]
+        return Trials(base, source, masks, dense[: len(base)], matched[: len(base)], mine)
+
+    def _run_compiled(self, inputs: Feed, settings: dict[str, Setting]) -> npt.NDArray[Any]:
+        return self.compiled.run(inputs, settings, [self.answer])[self.answer]
+
+    def _dense_settings(self, masks: Sequence[npt.NDArray[np.bool_]], values: Arrays) -> dict[str, Setting]:
+        settings: dict[str, Setting] = {}
+        for site, mask in zip(self.pair.sites, masks, strict=True):
+            wide = np.zeros((len(mask), site.size), dtype=np.bool_)
+            wide[:, site.kept] = mask
+            settings[site.dense.tensor] = (wide, values[site.dense.tensor])
+        return settings
+
+    def _matched_settings(self, masks: Sequence[npt.NDArray[np.bool_]], values: Arrays) -> dict[str, Setting]:
+        settings: dict[str, Setting] = {}
+        for site, mask in zip(self.pair.sites, masks, strict=True):
+            value = values[site.dense.tensor]
+            taken = value if _whole(site) else np.take(value, site.origin, axis=site.dense.axis)
+            settings[site.compiled.tensor] = (self._narrow(site, mask), _moved(taken, site))
+        return settings
+
+    def _narrow(self, site: Correspondence, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        narrow = np.zeros((len(mask), site.width), dtype=np.bool_)
+        narrow[:, site.places] = mask
+        return narrow
+
+    @property
+    def _fixed(self) -> bool:
+        shape = self.pair.dense.graph.input[0].type.tensor_type.shape.dim
+        return bool(len(shape)) and shape[0].HasField("dim_value")
+
+    def plain(self, samples: Samples) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Outputs of both models without intervention."""
+        dense = [self.dense.read(batch, [self.output])[self.output] for batch in samples.batches(self.batch_size)]
+        compiled = [self.compiled.read(batch, [self.answer])[self.answer] for batch in samples.batches(self.batch_size)]
+        return np.concatenate(dense), np.concatenate(compiled)
+
+
+def _padding(count: int, size: int) -> int:
+    return max(size - count, 0)
+
+
+def _whole(site: Correspondence) -> bool:
+    return site.width == site.size and np.array_equal(site.origin, np.arange(site.size))
+
+
+def _moved(values: npt.NDArray[Any], site: Correspondence) -> npt.NDArray[Any]:
+    """Values with their channels on the axis where the compiled model has them."""
+    if site.dense.axis == site.compiled.axis:
+        return values
+    return np.moveaxis(values, site.dense.axis, site.compiled.axis)
+
+
+# --- self-checks ------------------------------------------------------------------------------------------------------
+
+
+def check_patches(name: str, model: Intervened, batch: Feed, output: str) -> None:
+    """Null and self patch.
+
+    Raises
+    ------
+    VerificationError
+        One of them changes an output.
+    """
+    values = model.read(batch)
+    count = len(next(iter(batch.values())))
+    for check, value in (("null", False), ("self", True)):
+        settings: dict[str, Setting] = {
+            patch.tensor: (np.full((count, values[patch.tensor].shape[patch.axis]), value), values[patch.tensor])
+            for patch in model.patches
+        }
+        if not unchanged(model.run(batch, settings, [output])[output], values[output]):
+            raise VerificationError(
+                f"the {check} patch changes the {name} model",
+                where=f"output {output!r}",
+                why="an intervention that changes nothing must leave every output bit as it is",
+                hint="the model may be random or keep state between runs; otherwise please report a bug",
+            )
+
+
+def check_full_source(model: Intervened, batch: Feed, output: str) -> None:
+    """All channels of sites that lie on every path, set to what they are on other inputs, give the outputs of these.
+
+    Raises
+    ------
+    VerificationError
+        They do not.
+    """
+    values = model.read(batch)
+    turned = {name: np.ascontiguousarray(array[::-1]) for name, array in batch.items()}
+    count = len(next(iter(batch.values())))
+    settings: dict[str, Setting] = {
+        patch.tensor: (np.ones((count, values[patch.tensor].shape[patch.axis]), dtype=np.bool_), values[patch.tensor])
+        for patch in model.patches
+    }
+    if not unchanged(model.run(turned, settings, [output])[output], values[output]):
+        raise VerificationError(
+            "the full-source patch does not reproduce the source",
+            where=f"output {output!r}",
+            why="the sites lie on every path, so that all their values determine the outputs",
+            hint="the model may be random or keep state between runs; otherwise please report a bug",
+        )
+
+
+def unchanged(found: npt.NDArray[Any], plain: npt.NDArray[Any]) -> bool:
+    """Whether outputs are bit for bit the same; for 16-bit floats, to a few units in the last place.
+
+    onnxruntime computes those in float32 and rounds at the tensors that an intervention adds to the graph.
+    """
+    if found.dtype.itemsize > 2 or found.dtype.kind in "iub?":
+        return np.array_equal(found, plain, equal_nan=found.dtype.kind == "f")
+    a, b = found.astype(np.float64), plain.astype(np.float64)
+    digits = 10 if found.dtype == np.float16 else 7
+    return bool(
+        np.allclose(a, b, rtol=0.0, atol=8 * 2.0**-digits * float(np.nanmax(np.abs(b), initial=0.0)), equal_nan=True)
+    )
+
+
+def compared_output(model: onnx.ModelProto) -> str:
+    """The first output of floating point; the first where there is none."""
+    for output in model.graph.output:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)
+        if np.dtype(dtype).kind not in "iub?SO":
+            return str(output.name)
+    return str(model.graph.output[0].name)
+
+
+def cuts_all_paths(model: onnx.ModelProto, tensors: Sequence[str], output: str) -> bool:
+    """Whether every path from a model input to `output` passes one of `tensors`."""
+    inputs = {i.name for i in model.graph.input} - {i.name for i in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output if name}
+    waiting, seen = [output], set(tensors)
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        if name in inputs:
+            return False
+        seen.add(name)
+        if name in producers:
+            node = producers[name]
+            if any(a.HasField("g") or a.graphs for a in node.attribute):
+                return False  # a subgraph may use any tensor
+            waiting += [i for i in node.input if i]
+    return True
+
+
+def check_shapes(pair: Pair, values: Arrays, found: Arrays) -> None:
+    """Refuse a tau whose sites do not have the channels it speaks of.
+
+    Raises
+    ------
+    DataError
+        One does not.
+    """
+    for site in pair.sites:
+        for patch, size, where in (
+            (site.dense, site.size, values[site.dense.tensor]),
+            (site.compiled, site.width, found[site.compiled.tensor]),
+        ):
+            if where.ndim != patch.rank or where.shape[patch.axis] != size:
+                raise DataError(
+                    "a site is not what tau says",
+                    where=patch.tensor,
+                    why=f"its shape is {where.shape}, tau expects {size} channels on axis {patch.axis}",
+                    hint="give the tau of this pair with --tau",
+                )
