@@ -70,10 +70,18 @@ def _equality_loss(dense: Array, compiled: Array) -> npt.NDArray[np.float64]:
     return loss
 
 
+def _kl_loss(dense: Array, compiled: Array) -> npt.NDArray[np.float64]:
+    """1 − exp(−KL), mean over places: at least the squared total variation (Bretagnolle and Huber)."""
+    places = -np.expm1(-np.maximum(_divergence(dense, compiled), 0.0))
+    loss: npt.NDArray[np.float64] = places.reshape(len(dense), -1).mean(axis=1)
+    return loss
+
+
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("argmax", _argmax_loss, classes=True),
+        Metric("kl", _kl_loss, classes=True),
         Metric("distance", _distance_loss, classes=False),
         Metric("cosine", _cosine_loss, classes=False),
         Metric("equality", _equality_loss, classes=False),
@@ -88,11 +96,16 @@ def default_metric(output: Array) -> Metric:
     return METRICS["argmax" if output.ndim >= 2 and output.shape[-1] >= 2 else "distance"]
 
 
-def kl_divergence(dense: npt.NDArray[np.float64], compiled: npt.NDArray[np.float64]) -> float:
+def kl_divergence(dense: Array, compiled: Array) -> float:
     """Mean over samples and places of KL(softmax dense ‖ softmax compiled), in nats."""
-    log_p = scipy.special.log_softmax(dense, axis=-1)
-    log_q = scipy.special.log_softmax(compiled, axis=-1)
-    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
+    return float(_divergence(dense, compiled).mean())
+
+
+def _divergence(dense: Array, compiled: Array) -> npt.NDArray[np.float64]:
+    log_p = scipy.special.log_softmax(dense.astype(np.float64), axis=-1)
+    log_q = scipy.special.log_softmax(compiled.astype(np.float64), axis=-1)
+    divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return divergence
 
 
 def relative_mse(wanted: npt.NDArray[np.float64], found: npt.NDArray[np.float64]) -> float:

@@ -9,7 +9,15 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from mscompile.certificate import log_evidence, risk_bound
+from mscompile.certificate import (
+    SequentialTest,
+    betting_bound,
+    betting_capital,
+    hoeffding_bound,
+    log_evidence,
+    risk_bound,
+    risk_floor,
+)
 
 DELTA = 0.05
 TARGET = math.log(1 / DELTA)
@@ -94,3 +102,113 @@ def test_a_model_that_fails_is_rarely_certified(risk: float, loss: float) -> Non
 
     assert certified(risk) <= DELTA
     assert certified(risk / 10) > 0.5  # a model well within the bound is
+
+
+# --- rare errors, looked for after every trial ------------------------------------------------------------------------
+
+ERRORS = 100
+"""Errors of a run, on average: at a risk of 5e-4 it takes 200 000 trials."""
+
+
+def arrivals(rate: float, trials: float, seed: int = 0) -> np.ndarray:
+    """[runs, errors]: the trials at which errors come, from geometric gaps; as cheap as there are errors."""
+    return np.random.default_rng(seed).geometric(rate, (RUNS, round(2 * trials * rate) + 20)).cumsum(axis=1)
+
+
+def first_trials(risk: float, most: int) -> np.ndarray:
+    """[errors]: the first trial at which so many errors still rule `risk` out."""
+    trials, first, far = 1, [], ERRORS / risk
+    for errors in range(most):
+        while trials < far and log_evidence(errors, trials, risk) < TARGET:
+            step = max(trials // 1000, 1)
+            trials += step
+        while trials > 1 and log_evidence(errors, trials - 1, risk) >= TARGET:
+            trials -= 1
+        first.append(trials if trials < far else np.inf)
+    return np.array(first)
+
+
+@pytest.mark.parametrize("risk", [0.05, 5e-4])
+def test_rare_errors_are_rarely_certified_away(risk: float) -> None:
+    come = arrivals(risk, ERRORS / risk)
+    first = first_trials(risk, come.shape[1])
+    # With k errors seen, the run certifies if the next error comes after the first trial at which k rule the risk out.
+    assert 0.002 < (come > first).any(axis=1).mean() <= DELTA
+    assert (arrivals(risk / 20, ERRORS / risk, seed=1)[:, 0] > first[0]).mean() > 0.5  # and a better model is certified
+
+
+def test_where_nothing_ever_fails() -> None:
+    """R = 0: never refuted, however low the bound; and no bound says more than the data can."""
+    test = SequentialTest(1 - 5e-4, DELTA)
+    for _ in range(20):
+        test.update(np.zeros(1000))
+    assert test.verdict == "certified"
+    assert 299 * 20 < test.trials < 10_000  # no test could stop before ln(1/δ)/r = 5990
+    for trials in (1, 100, 10**5):
+        bounds = risk_bound(0, trials, DELTA), hoeffding_bound(0, trials, DELTA), betting_bound(np.zeros(trials), DELTA)
+        assert all(bound > 1 - DELTA ** (1 / trials) for bound in bounds)  # the exact bound at a fixed time
+        assert risk_floor(0, trials, DELTA) == 0.0
+
+
+# --- the sequential test ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 500])
+def test_stops_at_the_same_trial_however_trials_come(size: int) -> None:
+    for rate, verdict in ((0.01, "certified"), (0.4, "refuted"), (0.1, "undecided")):
+        losses = (np.random.default_rng(3).random(500) < rate).astype(float)
+        test, whole = SequentialTest(0.9, DELTA), SequentialTest(0.9, DELTA)
+        whole.update(losses)
+        for start in range(0, 500, size):
+            test.update(losses[start : start + size])
+        assert (test.verdict, test.trials, test.total) == (whole.verdict, whole.trials, whole.total)
+        assert test.verdict == verdict
+        assert test.total == losses[: test.trials].sum()
+        bound = risk_bound(test.total, test.trials, DELTA)
+        assert (bound <= 0.1) == (verdict == "certified")
+        assert (risk_floor(test.total, test.trials, DELTA) >= 0.1) == (verdict == "refuted")
+
+
+@pytest.mark.parametrize(("fidelity", "trials"), [(0.90, 36), (0.95, 74), (0.99, 377)])
+def test_stopping_times_without_an_error(fidelity: float, trials: int) -> None:
+    test = SequentialTest(fidelity, DELTA)
+    test.update(np.zeros(1000))
+    assert (test.verdict, test.trials) == ("certified", trials)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.15])
+def test_either_verdict_is_rarely_wrong(rate: float) -> None:
+    """At the boundary both verdicts are wrong; each comes in at most a share δ of the runs."""
+    rng, found = np.random.default_rng(1), {"certified": 0, "refuted": 0, "undecided": 0}
+    for _ in range(RUNS // 4):
+        test = SequentialTest(1 - rate, DELTA)
+        test.update((rng.random(TRIALS) < rate).astype(float))
+        found[test.verdict] += 1
+    assert max(found["certified"], found["refuted"]) <= DELTA * RUNS / 4
+
+
+# --- for comparison ---------------------------------------------------------------------------------------------------
+
+PUBLISHED = 0.1
+"""Relative: published stopping times of betting depend on the stakes chosen."""
+
+
+@pytest.mark.parametrize(("fidelity", "betting", "hoeffding"), [(0.90, 64, 889), (0.95, 125, 4172), (0.99, 613, None)])
+def test_stopping_times_of_the_others(fidelity: float, betting: int, hoeffding: int | None) -> None:
+    capital = betting_capital(np.zeros(1000), 1 - fidelity, DELTA)
+    assert int(np.argmax(capital >= TARGET)) + 1 == pytest.approx(betting, rel=PUBLISHED)
+    reached = [n for n in range(1, 60_000, 1 if hoeffding else 997) if hoeffding_bound(0, n, DELTA) <= 1 - fidelity]
+    assert (reached[0] if reached else None) == (hoeffding if hoeffding is None else pytest.approx(hoeffding, rel=0.01))
+
+
+@pytest.mark.parametrize("risk", [0.05, 5e-4])
+def test_betting_is_rarely_wrong(risk: float) -> None:
+    losses = (np.random.default_rng(2).random((RUNS, 2000)) < risk).astype(float)
+    assert (betting_capital(losses, risk, DELTA).max(axis=1) >= TARGET).mean() <= DELTA
+
+
+def test_the_beta_mixture_is_the_tightest() -> None:
+    losses = (np.random.default_rng(5).random(2000) < 0.02).astype(float)
+    total = float(losses.sum())
+    ours = risk_bound(total, 2000, DELTA)
+    assert total / 2000 < ours < betting_bound(losses, DELTA) < hoeffding_bound(total, 2000, DELTA)

@@ -315,6 +315,16 @@ def test_losses() -> None:
         assert (METRICS[name].loss(zero, zero + 1) <= 1).all()
 
 
+def test_divergence_as_a_loss() -> None:
+    y, z = np.random.default_rng(0).normal(0.0, 2.0, (2, 50, 4))
+    p, q = (np.exp(a) / np.exp(a).sum(axis=1, keepdims=True) for a in (y, z))
+    loss = METRICS["kl"].loss(y, z)
+    assert loss == pytest.approx(1 - np.exp(-scipy.stats.entropy(p, q, axis=1)))
+    assert ((0 <= loss) & (loss <= 1)).all()
+    assert (np.abs(p - q).sum(axis=1) / 2 <= np.sqrt(loss)).all()  # total variation
+    assert METRICS["kl"].loss(y, y + 100) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_the_metric_follows_the_output() -> None:
     assert default_metric(np.zeros((4, 3))).name == "argmax"
     assert default_metric(np.zeros((4, 7, 3))).name == "argmax"
