@@ -10,13 +10,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from mscompile.data import Samples
 from mscompile.errors import UsageError
-from mscompile.instrument import Instrument, Measure, before, centre_feed, name_of, quantity_of
-from mscompile.runtime import Arrays, Progress, Session, no_progress
+from mscompile.instrument import Instrument, Measure, before, name_of, quantity_of, survey
+from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Scm, Site
 from mscompile.statistics import Array, Curvature, Moments, Statistics, WindowMoments
 
@@ -84,25 +83,17 @@ def _side_by_side(a: Statistics, b: Statistics) -> Statistics:
 def _pass(
     scm: Scm, sites: Sequence[Site], samples: Samples, batch_size: int, measure: Measure, progress: Progress
 ) -> Statistics:
-    first = next(samples.batches(batch_size))
-    extent: tuple[int, ...] = ()
-    if measure.curvature != "none":
-        extent = Session(scm.model).run(first, [measure.output])[measure.output].shape[1:]
-    instrument = Instrument(scm, sites, first, measure, extent, len(samples))
+    first = survey(scm, sites, next(samples.batches(batch_size)), measure.output if measure.curvature != "none" else "")
+    instrument = Instrument(scm, sites, first, measure, len(samples))
     session = Session(instrument.model)
-    centres = {site.tensor: np.zeros(site.size, dtype=np.float32) for site in sites}
-    # Centre near the mean, or float32 sums would lose the variance of channels far from zero.
-    feed = {**first, **instrument.seeds(0, len(next(iter(first.values()))), samples), **instrument.offsets(0)}
-    found = instrument.read(session.step({**feed, **centre_feed(centres)}, instrument.empty()))
-    centres = {site.tensor: _first_mean(site, found) for site in sites}
     moments: dict[str, Moments] = {}
     curvature: dict[str, Curvature] = {}
     windows: dict[str, WindowMoments] = {}
 
     def collect(state: Mapping[str, ort.OrtValue], count: int) -> None:
-        found = instrument.read(state)
+        found = instrument.read(state, count)
         for site in sites:
-            tensor, centre = site.tensor, centres[site.tensor].astype(np.float64)
+            tensor, centre = site.tensor, first.centres[site.tensor].astype(np.float64)
             new = _moments(site, found, centre)
             moments[tensor] = moments[tensor] + new if tensor in moments else new
             if tensor in instrument.differentiated:
@@ -110,18 +101,16 @@ def _pass(
                 curvature[tensor] = curvature[tensor] + more if tensor in curvature else more
         for name, (site, window, _) in instrument.windows.items():
             seen, products = (found[quantity_of(name, quantity)] for quantity in ("windows", "window"))
-            centre = centres[site.tensor].astype(np.float64)
+            centre = first.centres[site.tensor].astype(np.float64)
             between = found.get(quantity_of(name, "between"))
-            shared = None if between is None else between.astype(np.float64)
-            wider = WindowMoments(window, centre, int(seen), products.astype(np.float64), shared)
+            wider = WindowMoments(window, centre, int(seen), products, between)
             windows[name] = windows[name] + wider if name in windows else wider
 
     state, start, held = instrument.empty(), 0, 0
     batches = math.ceil(len(samples) / batch_size)
     for number, batch in enumerate(progress(samples.batches(batch_size), "calibrate", batches), start=1):
         count = len(next(iter(batch.values())))
-        feed = {**batch, **instrument.seeds(start, count, samples), **instrument.offsets(number), **centre_feed(centres)}
-        totals = session.step(feed, state)
+        totals = session.step({**batch, **instrument.feed(number, start, count, samples)}, state)
         state = {before(name): value for name, value in totals.items()}
         start, held = start + count, held + count
         if number % HELD_BATCHES == 0 or number == batches:
@@ -131,39 +120,28 @@ def _pass(
     return Statistics(moments, curvature, instrument.refused, windows, len(samples), seen, ort.__version__)
 
 
-def _first_mean(site: Site, found: Arrays) -> npt.NDArray[np.float32]:
-    mean: npt.NDArray[np.float64] = found[name_of(site, "sum")] / max(int(found[name_of(site, "count")]), 1)
-    return mean.astype(np.float32)
-
-
-def _moments(site: Site, found: Arrays, centre: Array) -> Moments:
+def _moments(site: Site, found: Mapping[str, Array], centre: Array) -> Moments:
     count = int(found[name_of(site, "count")])
-    offset = found[name_of(site, "sum")].astype(np.float64) / count
+    offset = found[name_of(site, "sum")] / count
     products = found.get(name_of(site, "products"))
-    scatter = None if products is None else products.astype(np.float64) - count * np.outer(offset, offset)
+    scatter = None if products is None else products - count * np.outer(offset, offset)
     if scatter is None:
-        squares = np.maximum(found[name_of(site, "squares")].astype(np.float64) - count * offset**2, 0.0)
+        squares = np.maximum(found[name_of(site, "squares")] - count * offset**2, 0.0)
     else:
         squares = np.diagonal(scatter).copy()
     unknown = np.full(site.size, np.inf)
-    low = found.get(name_of(site, "low"), -unknown).astype(np.float64)
-    high = found.get(name_of(site, "high"), unknown).astype(np.float64)
+    low, high = found.get(name_of(site, "low"), -unknown), found.get(name_of(site, "high"), unknown)
     between = found.get(name_of(site, "shared"))
-    shared = None if between is None else between.astype(np.float64) - count * np.outer(offset, offset)
+    shared = None if between is None else between - count * np.outer(offset, offset)
     if shared is not None:
         shared = 0.5 * (shared + shared.T)
     return Moments(count, centre + offset, squares, scatter, shared, low, high)
 
 
-def _curvature(site: Site, found: Arrays, centre: Array, samples: int, share: float) -> Curvature:
+def _curvature(site: Site, found: Mapping[str, Array], centre: Array, samples: int, share: float) -> Curvature:
     """Undo the centring: the graph summed λ (a − centre). `share` is the weight of one seed."""
-
-    def taken(quantity: str, size: int) -> Array:
-        array = found.get(name_of(site, quantity))
-        return np.zeros(size) if array is None else array.astype(np.float64)
-
-    s11, s12, s22 = (share * taken("curvature", 3 * site.size)).reshape(3, site.size)
-    g1, g2 = taken("g1", site.size), taken("g2", site.size)
+    s11, s12, s22 = (share * found[name_of(site, quantity)] for quantity in ("s11", "s12", "s22"))
+    g1, g2 = (found.get(name_of(site, quantity), np.zeros(site.size)) for quantity in ("g1", "g2"))
     second = found.get(name_of(site, "second"))
     return Curvature(
         samples,
@@ -172,5 +150,5 @@ def _curvature(site: Site, found: Arrays, centre: Array, samples: int, share: fl
         s22 + 2 * centre * s12 + centre**2 * s11,
         g1,
         g2 + centre * g1,
-        None if second is None else share * second.astype(np.float64),
+        None if second is None else share * second,
     )

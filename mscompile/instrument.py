@@ -18,9 +18,9 @@ from mscompile.errors import DataError
 from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
 from mscompile.reverse import Gradients, differentiate, sample_shapes
-from mscompile.runtime import Arrays
+from mscompile.runtime import Arrays, Session
 from mscompile.scm import Reader, Scm, Site
-from mscompile.statistics import Window
+from mscompile.statistics import Array, Window
 from mscompile.windows import features, offset_of, thinning, window_name, window_of
 
 
@@ -66,50 +66,178 @@ class Measure:
     second: bool = False
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What one batch tells before the graph is built that sums over all of them.
+
+    Attributes
+    ----------
+    samples
+        Samples in the batch.
+    shapes
+        Of every tensor, for that batch.
+    extent
+        Shape of the differentiated output per sample; empty without one.
+    centres
+        [channels] by site: the channels' means. What is summed in float32 is taken less these, or the variance of channels
+        far from zero would be lost.
+    """
+
+    samples: int
+    shapes: Mapping[str, Shape]
+    extent: tuple[int, ...]
+    centres: Mapping[str, npt.NDArray[np.float32]]
+
+
+def survey(scm: Scm, sites: Sequence[Site], first: Arrays, output: str) -> Survey:
+    """Run the network on one batch."""
+    model = scm.model.clone()
+    graph, build = model.graph, Builder(model.graph, model.graph.opset_imports.get("", 1))
+    values = {v.name or "": v for node in graph for v in node.outputs}
+    asked = [values[output]] if output else []
+    for site in sites:
+        others = [a for a in range(len(scm.shapes[site.tensor])) if a != site.axis]
+        number = build.op("Cast", values[site.tensor], to=int(ir.DataType.FLOAT))
+        mean = build.reduce("ReduceMean", number, others, keepdims=False)
+        mean.dtype, mean.shape = ir.DataType.FLOAT, ir.Shape([site.size])
+        asked.append(mean)
+    graph.outputs.clear()
+    graph.outputs.extend(asked)
+    found = list(Session(model, optimise=False).run(first).values())
+    extent = found.pop(0).shape[1:] if output else ()
+    centres = {site.tensor: mean for site, mean in zip(sites, found, strict=True)}
+    return Survey(len(next(iter(first.values()))), sample_shapes(scm.model, first), extent, centres)
+
+
+PACKED = f"{PREFIX}packed"
+"""Name of the output that holds all vectors."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How the elements of a site's tensor are taken as samples, positions and channels."""
+
+    build: Builder
+    site: Site
+    shape: Shape
+    samples: int
+
+    @property
+    def rank(self) -> int:
+        """Rank of the tensor."""
+        return len(self.shape)
+
+    @property
+    def positions(self) -> list[int]:
+        """Axes of positions: neither samples, which axis 0 counts, nor channels."""
+        return [a for a in range(1, self.rank) if a != self.site.axis]
+
+    @property
+    def places(self) -> int | None:
+        """Positions per sample; None if not known before the graph runs."""
+        sizes = [self.shape[a] for a in self.positions]
+        return None if any(not isinstance(d, int) for d in sizes) else math.prod(int(d or 0) for d in sizes)
+
+    @property
+    def steady(self) -> bool:
+        """Whether axis 0 counts the samples, and each has the same number of positions."""
+        return self.shape[0] == self.samples and self.places is not None
+
+    @property
+    def image(self) -> bool:
+        """Whether pooling averages over the positions: onnxruntime keeps such tensors in a blocked layout of its own, which
+        pooling, products of equal shapes and normalisation take as it is; every other operator costs a conversion."""
+        return self.rank == 4 and self.site.axis == 1 and self.steady
+
+    @property
+    def factor(self) -> float:
+        """Sum over positions, in units of what `over_positions` gives."""
+        return float(self.places or 1) if self.image else 1.0
+
+    def over_positions(self, value: ir.Value) -> ir.Value:
+        """[samples, channels]: the sum over positions, divided by `factor`."""
+        if self.image:
+            return self.build.op("Reshape", self.build.op("GlobalAveragePool", value), self.build.integers([-1, self.site.size]))
+        return self.build.reduce("ReduceSum", value, self.positions, keepdims=False) if self.positions else value
+
+    def less(self, value: ir.Value, centre: npt.NDArray[np.float32]) -> ir.Value:
+        """The value less a number per channel."""
+        build, channels = self.build, len(centre)
+        if self.image:
+            zeros, ones = (build.constant(np.full(channels, number), np.float32) for number in (0.0, 1.0))
+            shift = build.constant(-centre, np.float32)
+            return build.op("BatchNormalization", value, ones, shift, zeros, ones, epsilon=0.0)
+        return build.op("Sub", value, build.constant(centre.reshape([-1] + [1] * (self.rank - 1 - self.site.axis)), np.float32))
+
+    def rows(self, value: ir.Value) -> ir.Value:
+        """[observations, channels]."""
+        axis = self.site.axis
+        if axis != self.rank - 1:
+            value = self.build.op("Transpose", value, perm=[a for a in range(self.rank) if a != axis] + [axis])
+        return value if self.rank == 2 else self.build.op("Reshape", value, self.build.integers([-1, self.site.size]))
+
+
+@dataclass
+class Vector:
+    """A sum over samples of rows of numbers, waiting to be packed with the others.
+
+    Attributes
+    ----------
+    rows
+        [rows, size].
+    seeds
+        Rows per sample; None if that is not known.
+    factor
+        What the sum is multiplied by when it is read.
+    """
+
+    name: str
+    rows: ir.Value
+    size: int
+    seeds: int | None
+    factor: float = 1.0
+
+
 class Instrument:
     """Copy of a graph whose outputs are sums over a batch. Gradients are float32 whatever the model's types.
 
-    Its new inputs are the centres of the sites' channels, the seeds, and the sums so far; its outputs are the sums, named by
-    quantity and site.
+    Its new inputs are the seeds and the sums so far; its outputs are the sums, those of vectors packed into one.
     """
 
-    def __init__(
-        self,
-        scm: Scm,
-        sites: Sequence[Site],
-        first: Arrays,
-        measure: Measure,
-        extent: tuple[int, ...],
-        samples: int,
-    ) -> None:
-        batches = max(1, samples // len(next(iter(first.values()))))
+    def __init__(self, scm: Scm, sites: Sequence[Site], first: Survey, measure: Measure, samples: int) -> None:
+        batches = max(1, samples // first.samples)
         self.model = scm.model.clone()
         common.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)  # element types, for mixed precision
         self._graph = self.model.graph
         self._build = Builder(self._graph, self._graph.opset_imports.get("", 1))
         self._values = {v.name or "": v for node in self._graph for v in node.outputs}
-        self._measure, self._extent = measure, extent
-        shapes = sample_shapes(self.model, first)
+        self._measure, self._first, self._extent = measure, first, first.extent
         self._declared = scm.shapes
-        self._sums: dict[str, tuple[tuple[int, ...], npt.NDArray[np.generic]]] = {}
+        self._sums: dict[str, npt.NDArray[np.generic]] = {}
+        self._vectors: list[Vector] = []
+        self._ones: dict[int, ir.Value] = {}
+        self.places: dict[str, int] = {}
+        """Observations per sample, of sites where that is the same for every batch."""
         self.differentiated: frozenset[str] = frozenset()
         self.refused: dict[str, str] = {}
         self.windows: dict[str, tuple[Site, Window, int]] = {}
         gradients: list[Gradients] = []
         loss: Gradients | None = None
         if measure.curvature != "none":
-            gradients = [self._differentiate(sites, shapes, self._probe(k)) for k in range(self.probes)]
+            gradients = [self._differentiate(sites, self._probe(k)) for k in range(self.probes)]
             if measure.gradient:
-                loss = self._differentiate(sites, shapes, self._loss_gradient())
+                loss = self._differentiate(sites, self._loss_gradient())
             self.refused = {tensor: str(reason) for tensor, reason in gradients[0].refused.items()}
             self.differentiated = frozenset(gradients[0].values)
         self._graph.outputs.clear()
         for site in sites:
-            centred = self._sum(site, shapes[site.tensor], gradients, loss)
+            shape = first.shapes[site.tensor]
+            centred = self._sum(site, shape, gradients, loss)
             for reader in site.readers if measure.windows else ():
                 window = window_of(site, reader, self._build.opset)
                 if window is not None:
-                    self._see(site, reader, window, centred, thinning(window, shapes[site.tensor], samples, batches))
+                    self._see(site, reader, window, centred, thinning(window, shape, samples, batches))
+        self._pack()
 
     @property
     def exact(self) -> bool:
@@ -120,6 +248,11 @@ class Instrument:
     def probes(self) -> int:
         """Reverse passes per sample."""
         return math.prod(self._extent) if self.exact else self._measure.probes
+
+    def feed(self, number: int, start: int, count: int, samples: Samples) -> Arrays:
+        """Inputs beside the model's own, for batch `number`: the samples `start` to `start + count`."""
+        ones = {f"{PREFIX}ones.{seeds}": np.ones((1, seeds * count), dtype=np.float32) for seeds in self._ones}
+        return {**self.seeds(start, count, samples), **self.offsets(number), **ones}
 
     def seeds(self, start: int, count: int, samples: Samples) -> Arrays:
         """Seeds of the samples `start` to `start + count`; those of a sample do not depend on the batches."""
@@ -169,9 +302,11 @@ class Instrument:
     def _dtype(self, tensor: str) -> ir.DataType:
         return self._values[tensor].dtype or ir.DataType.FLOAT
 
-    def _differentiate(self, sites: Sequence[Site], shapes: Mapping[str, Shape], seed: ir.Value) -> Gradients:
+    def _differentiate(self, sites: Sequence[Site], seed: ir.Value) -> Gradients:
         seeds, tensors = {self._measure.output: seed}, [site.tensor for site in sites]
-        return differentiate(self._graph, self._build, seeds, tensors, shapes=shapes, declared=self._declared)
+        return differentiate(
+            self._graph, self._build, seeds, tensors, shapes=self._first.shapes, declared=self._declared
+        )
 
     def _probe(self, k: int) -> ir.Value:
         """Seed k: the input itself, or for the Fisher curvature ``√p ∘ r − p (√p · r)``, whose second moment it is."""
@@ -192,73 +327,108 @@ class Instrument:
         hot = self._input(f"{PREFIX}labels", len(self._extent) + 1)
         return self._build.op("Sub", self._softmax(), hot)
 
-    def _output(
-        self, where: str, quantity: str, value: ir.Value, shape: tuple[int, ...], start: np.int64 | np.float32
-    ) -> None:
+    def _output(self, name: str, value: ir.Value, start: npt.NDArray[np.generic]) -> None:
         """Return a quantity combined with what was found before: a sum, or the extreme where it starts at infinity."""
-        name, dtype = quantity_of(where, quantity), ir.DataType.from_numpy(start.dtype)
-        so_far = ir.Value(name=before(name), shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        dtype, shape = ir.DataType.from_numpy(start.dtype), ir.Shape(start.shape)
+        so_far = ir.Value(name=before(name), shape=shape, type=ir.TensorType(dtype))
         self._graph.inputs.append(so_far)
-        combine = "Add" if np.isfinite(start) else "Min" if start > 0 else "Max"
-        after = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        combine = "Add" if np.all(np.isfinite(start)) else "Min" if np.all(start > 0) else "Max"
+        after = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
         self._graph.append(ir.node(combine, [so_far, value], outputs=[after], name=name))
         self._graph.outputs.append(after)
-        self._sums[name] = shape, np.full(shape, start)
+        self._sums[name] = start
+
+    def _square(self, where: str, quantity: str, value: ir.Value, size: int) -> None:
+        """Return a sum of outer products."""
+        self._output(quantity_of(where, quantity), value, np.zeros((size, size), dtype=np.float32))
+
+    def _count(self, where: str, quantity: str, value: ir.Value) -> None:
+        """Return a number of observations."""
+        self._output(quantity_of(where, quantity), value, np.array(0, dtype=np.int64))
+
+    def _pack(self) -> None:
+        """Return all vectors as one: a sum of its own for each would cost more in nodes than in work."""
+        build = self._build
+        if not self._vectors:
+            return
+        sums = []
+        for vector in self._vectors:
+            rows = vector.rows
+            sums.append(build.op("MatMul", self._row_of_ones(rows, vector.seeds), rows))
+        packed = build.op("Concat", *sums, axis=1)
+        self._output(PACKED, packed, np.zeros((1, sum(vector.size for vector in self._vectors)), dtype=np.float32))
+
+    def _row_of_ones(self, rows: ir.Value, seeds: int | None) -> ir.Value:
+        """[1, rows]: summing down the rows of a matrix is fastest as a product."""
+        build = self._build
+        if seeds is None:
+            length = build.extents(rows, [0])
+            shape = build.op("Concat", build.integers([1]), length, axis=0)
+            return build.op("Expand", build.constant(np.ones((1, 1)), np.float32), shape)
+        if seeds not in self._ones:
+            self._ones[seeds] = self._input(f"{PREFIX}ones.{seeds}", 2)
+        return self._ones[seeds]
 
     def empty(self) -> dict[str, ort.OrtValue]:
         """The sums over no data."""
-        return {before(name): ort.OrtValue.ortvalue_from_numpy(start) for name, (_, start) in self._sums.items()}
+        return {before(name): ort.OrtValue.ortvalue_from_numpy(start) for name, start in self._sums.items()}
 
-    def read(self, state: Mapping[str, ort.OrtValue]) -> Arrays:
-        """The sums as arrays."""
-        return {name: value.numpy() for name, value in state.items()}
+    def read(self, state: Mapping[str, ort.OrtValue], samples: int) -> dict[str, Array]:
+        """The sums over a number of samples, in float64."""
+        found: dict[str, Array] = {name: value.numpy().astype(np.float64) for name, value in state.items()}
+        if self._vectors:
+            ends = np.cumsum([vector.size for vector in self._vectors])
+            for vector, part in zip(self._vectors, np.split(found.pop(PACKED)[0], ends[:-1]), strict=True):
+                found[vector.name] = vector.factor * part
+        counts = {quantity_of(tensor, "count"): np.array(places * samples) for tensor, places in self.places.items()}
+        return {**found, **counts}
 
     def _sum(self, site: Site, shape: Shape, gradients: Sequence[Gradients], loss: Gradients | None) -> ir.Value:
         """Return the sums of one site; gives the centred activations."""
-        build, float32, rank = self._build, int(ir.DataType.FLOAT), len(shape)
-        places = math.prod(int(d or 1) for a, d in enumerate(shape) if a not in (0, site.axis))
+        build, measure, rank = self._build, self._measure, len(shape)
+        view = View(build, site, shape, self._first.samples)
         tensor = self._values[site.tensor]
         if self._dtype(site.tensor) != ir.DataType.FLOAT:
-            tensor = build.op("Cast", tensor, to=float32)
-        centre = self._input(f"{PREFIX}centre:{site.tensor}", 1)
-        trailing = rank - 1 - site.axis
-        shaped = build.op("Reshape", centre, build.integers([site.size] + [1] * trailing)) if trailing else centre
-        centred = build.op("Sub", tensor, shaped)
-        positions = [a for a in range(rank) if a != site.axis]
-        count = build.op("Div", build.op("Size", tensor), build.integers(site.size))
-        zero, infinity, one = np.float32(0), np.float32(np.inf), (site.size,)
-        self._output(site.tensor, "count", count, (), np.int64(0))
-        self._output(site.tensor, "sum", self._total(centred, positions), one, zero)
-        if self._measure.covariance:
-            rows = self._rows(centred, site, rank)
-            self._output(site.tensor, "products", self._products(rows), (site.size, site.size), zero)
-            if self._measure.shared and places > 1:
-                others = self._rows(self._rolled(centred), site, rank)
-                self._output(site.tensor, "shared", self._products(rows, others), (site.size, site.size), zero)
+            tensor = build.op("Cast", tensor, to=int(ir.DataType.FLOAT))
+        centred = view.less(tensor, self._first.centres[site.tensor])
+        if view.steady:
+            self.places[site.tensor] = view.places
         else:
-            self._output(
-                site.tensor, "squares", build.reduce("ReduceSumSquare", centred, positions, keepdims=False), one, zero
-            )
-        if self._measure.extremes:
-            self._output(site.tensor, "low", build.reduce("ReduceMin", tensor, positions, keepdims=False), one, infinity)
-            self._output(site.tensor, "high", build.reduce("ReduceMax", tensor, positions, keepdims=False), one, -infinity)
+            self._count(site.tensor, "count", build.op("Div", build.op("Size", tensor), build.integers(site.size)))
+
+        def keep(quantity: str, rows: ir.Value, seeds: int = 1, power: int = 1) -> None:
+            known = seeds if view.steady else None
+            self._vectors.append(Vector(name_of(site, quantity), rows, site.size, known, view.factor**power))
+
+        keep("sum", view.over_positions(centred))
+        if measure.covariance:
+            rows = view.rows(centred)
+            self._square(site.tensor, "products", self._products(rows), site.size)
+            if measure.shared and view.places != 1:
+                others = view.rows(self._rolled(centred))
+                self._square(site.tensor, "shared", self._products(rows, others), site.size)
+        else:
+            keep("squares", view.over_positions(build.op("Mul", centred, centred)))
+        if measure.extremes:
+            infinity = np.full(site.size, np.inf, dtype=np.float32)
+            others_than = [a for a in range(rank) if a != site.axis]
+            for quantity, reduction, start in (("low", "ReduceMin", infinity), ("high", "ReduceMax", -infinity)):
+                extreme = build.reduce(reduction, tensor, others_than, keepdims=False)
+                self._output(name_of(site, quantity), extreme, start)
         if site.tensor not in self.differentiated:
             return centred
         slopes = [gradient.values[site.tensor] for gradient in gradients]
-        s1 = self._stacked([self._over_positions(slope, site, rank) for slope in slopes])
-        s2 = self._stacked([self._over_positions(build.op("Mul", slope, centred), site, rank) for slope in slopes])
-        # One product of ones with all three side by side: many small nodes would cost more than their work.
-        squares = [build.op("Mul", a, b) for a, b in ((s1, s1), (s1, s2), (s2, s2))]
-        sums = self._total(build.op("Concat", *squares, axis=1), [0])
-        self._output(site.tensor, "curvature", sums, (3 * site.size,), zero)
-        if self._measure.second:
-            rows = self._stacked([self._rows(slope, site, rank) for slope in slopes])
-            self._output(site.tensor, "second", self._products(rows), (site.size, site.size), zero)
+        s1 = self._stacked([view.over_positions(slope) for slope in slopes])
+        s2 = self._stacked([view.over_positions(build.op("Mul", slope, centred)) for slope in slopes])
+        for quantity, (a, b) in {"s11": (s1, s1), "s12": (s1, s2), "s22": (s2, s2)}.items():
+            keep(quantity, build.op("Mul", a, b), seeds=len(slopes), power=2)
+        if measure.second:
+            rows = self._stacked([view.rows(slope) for slope in slopes])
+            self._square(site.tensor, "second", self._products(rows), site.size)
         if loss is not None and site.tensor in loss.values:
             slope = loss.values[site.tensor]
-            weighted = build.op("Mul", slope, centred)
-            self._output(site.tensor, "g1", self._total(slope, positions), one, zero)
-            self._output(site.tensor, "g2", self._total(weighted, positions), one, zero)
+            keep("g1", view.over_positions(slope))
+            keep("g2", view.over_positions(build.op("Mul", slope, centred)))
         return centred
 
     def offsets(self, number: int) -> Arrays:
@@ -284,12 +454,11 @@ class Instrument:
         seen, flat = features(build, window, centred, thin, offset), build.integers([-1, window.features])
         rows = build.op("Reshape", seen, flat)
         count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
-        self._output(name, "windows", count, (), np.int64(0))
-        square = (window.features, window.features)
-        self._output(name, "window", self._products(rows), square, np.float32(0))
+        self._count(name, "windows", count)
+        self._square(name, "window", self._products(rows), window.features)
         if self._measure.shared:
             others = build.op("Reshape", self._rolled(seen), flat)
-            self._output(name, "between", self._products(rows, others), square, np.float32(0))
+            self._square(name, "between", self._products(rows, others), window.features)
 
     def _channel_major(self, site: Site, reader: Reader) -> ir.Value:
         """[samples, channels · places]: the input of a product less the site's centre."""
@@ -299,18 +468,12 @@ class Instrument:
         source = reader.node.inputs[linear.data]
         assert source is not None
         value = build.op("Cast", self._values[source.name or ""], to=int(ir.DataType.FLOAT))
-        centre = next(v for v in self._graph.inputs if v.name == f"{PREFIX}centre:{site.tensor}")
-        centred = build.op("Sub", value, build.op("Gather", centre, build.integers(reader.index.tolist()), axis=0))
+        centre = self._first.centres[site.tensor][reader.index]
+        centred = build.op("Sub", value, build.constant(centre, np.float32))
         order = np.argsort(reader.index, kind="stable")
         if np.array_equal(order, np.arange(len(order))):
             return centred
         return build.op("Gather", centred, build.integers(order.tolist()), axis=1)
-
-    def _rows(self, value: ir.Value, site: Site, rank: int) -> ir.Value:
-        """[observations, channels]."""
-        if site.axis != rank - 1:
-            value = self._build.op("Transpose", value, perm=[a for a in range(rank) if a != site.axis] + [site.axis])
-        return value if rank == 2 else self._build.op("Reshape", value, self._build.integers([-1, site.size]))
 
     def _products(self, rows: ir.Value, others: ir.Value | None = None) -> ir.Value:
         return self._build.op("MatMul", self._build.op("Transpose", rows, perm=[1, 0]), rows if others is None else others)
@@ -326,25 +489,9 @@ class Instrument:
             "Concat", build.op("Slice", value, first, end, start), build.op("Slice", value, start, first, start), axis=0
         )
 
-    def _total(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
-        """[channels]: sum over `axes`. Down the rows of a matrix, a product with ones is several times faster."""
-        build = self._build
-        if list(axes) != [0]:
-            return build.reduce("ReduceSum", value, axes, keepdims=False)
-        rows = build.op("Gather", build.op("Shape", value), build.integers([0]), axis=0)
-        ones = build.op(
-            "Expand", build.constant(np.ones((1, 1)), np.float32), build.op("Concat", build.integers([1]), rows, axis=0)
-        )
-        return build.op("Reshape", build.op("MatMul", ones, value), build.integers([-1]))
-
     def _stacked(self, parts: Sequence[ir.Value]) -> ir.Value:
         """The matrices below each other."""
         return parts[0] if len(parts) == 1 else self._build.op("Concat", *parts, axis=0)
-
-    def _over_positions(self, value: ir.Value, site: Site, rank: int) -> ir.Value:
-        """[samples, channels]: sum over the axes that are neither."""
-        axes = [a for a in range(1, rank) if a != site.axis]
-        return self._build.reduce("ReduceSum", value, axes, keepdims=False) if axes else value
 
 
 def random_signs(seed: int, start: int, count: int, size: int) -> npt.NDArray[np.float32]:
@@ -369,8 +516,3 @@ def quantity_of(name: str, quantity: str) -> str:
 def before(name: str) -> str:
     """Name of the input that holds what an output has summed up so far."""
     return f"{name}:before"
-
-
-def centre_feed(centres: Mapping[str, npt.NDArray[np.float32]]) -> Arrays:
-    """Inputs that hold the centres, by tensor."""
-    return {f"{PREFIX}centre:{tensor}": centre for tensor, centre in centres.items()}
