@@ -93,7 +93,7 @@ def _pass(
     def collect(state: Mapping[str, ort.OrtValue], count: int) -> None:
         found = instrument.read(state, count)
         for site in sites:
-            tensor, centre = site.tensor, first.centres[site.tensor].astype(np.float64)
+            tensor, centre = site.tensor, instrument.centres[site.tensor].astype(np.float64)
             new = _moments(site, found, centre)
             moments[tensor] = moments[tensor] + new if tensor in moments else new
             if tensor in instrument.differentiated:
@@ -101,7 +101,7 @@ def _pass(
                 curvature[tensor] = curvature[tensor] + more if tensor in curvature else more
         for name, (site, window, _) in instrument.windows.items():
             seen, products = (found[quantity_of(name, quantity)] for quantity in ("windows", "window"))
-            centre = first.centres[site.tensor].astype(np.float64)
+            centre = instrument.centres[site.tensor].astype(np.float64)
             between = found.get(quantity_of(name, "between"))
             wider = WindowMoments(window, centre, int(seen), products, between)
             windows[name] = windows[name] + wider if name in windows else wider

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +66,11 @@ class Measure:
     second: bool = False
 
 
+NEAR = 64.0
+"""Squared mean over variance up to which squares are summed in float32 as they are: that costs a variance log2(64) of its 24
+bits, and a subtraction less per element. Elsewhere the mean of a first batch is taken away before."""
+
+
 @dataclass(frozen=True)
 class Survey:
     """What one batch tells before the graph is built that sums over all of them.
@@ -78,15 +83,17 @@ class Survey:
         Of every tensor, for that batch.
     extent
         Shape of the differentiated output per sample; empty without one.
-    centres
-        [channels] by site: the channels' means. What is summed in float32 is taken less these, or the variance of channels
-        far from zero would be lost.
+    means
+        [channels] by site.
+    near
+        By site: whether every channel's squared mean is at most `NEAR` times its variance.
     """
 
     samples: int
     shapes: Mapping[str, Shape]
     extent: tuple[int, ...]
-    centres: Mapping[str, npt.NDArray[np.float32]]
+    means: Mapping[str, npt.NDArray[np.float32]]
+    near: Mapping[str, bool]
 
 
 def survey(scm: Scm, sites: Sequence[Site], first: Arrays, output: str) -> Survey:
@@ -98,19 +105,28 @@ def survey(scm: Scm, sites: Sequence[Site], first: Arrays, output: str) -> Surve
     for site in sites:
         others = [a for a in range(len(scm.shapes[site.tensor])) if a != site.axis]
         number = build.op("Cast", values[site.tensor], to=int(ir.DataType.FLOAT))
-        mean = build.reduce("ReduceMean", number, others, keepdims=False)
-        mean.dtype, mean.shape = ir.DataType.FLOAT, ir.Shape([site.size])
-        asked.append(mean)
+        mean = build.reduce("ReduceMean", number, others)
+        apart = build.op("Sub", number, mean)
+        for value in (mean, build.reduce("ReduceMean", build.op("Mul", apart, apart), others)):
+            flat = build.op("Reshape", value, build.integers([-1]))
+            flat.dtype, flat.shape = ir.DataType.FLOAT, ir.Shape([site.size])
+            asked.append(flat)
     graph.outputs.clear()
     graph.outputs.extend(asked)
+    common.RemoveUnusedNodesPass()(model)
     found = list(Session(model, optimise=False).run(first).values())
     extent = found.pop(0).shape[1:] if output else ()
-    centres = {site.tensor: mean for site, mean in zip(sites, found, strict=True)}
-    return Survey(len(next(iter(first.values()))), sample_shapes(scm.model, first), extent, centres)
+    means = {site.tensor: mean for site, mean in zip(sites, found[::2], strict=True)}
+    near = {site.tensor: bool(np.all(m**2 <= NEAR * v)) for site, m, v in zip(sites, found[::2], found[1::2], strict=True)}
+    return Survey(len(next(iter(first.values()))), sample_shapes(scm.model, first), extent, means, near)
 
 
-PACKED = f"{PREFIX}packed"
-"""Name of the output that holds all vectors."""
+SUMS, EXTREMES = f"{PREFIX}sums", f"{PREFIX}extremes"
+"""Names of the outputs that hold the sums and the largest entries of all rows."""
+EXTREME: Mapping[str, float] = {"high": 1.0, "low": -1.0}
+"""Rows of which the largest entries are returned, and what gives the quantity from them."""
+PRODUCTS: Mapping[str, Mapping[str, str]] = {"s1": {"s11": "s1", "s12": "s2"}, "s2": {"s22": "s2"}}
+"""Rows of which not the sums are returned but those of products: by name, with which other rows."""
 
 
 @dataclass(frozen=True)
@@ -155,19 +171,37 @@ class View:
         return float(self.places or 1) if self.image else 1.0
 
     def over_positions(self, value: ir.Value) -> ir.Value:
-        """[samples, channels]: the sum over positions, divided by `factor`."""
+        """[samples, channels], of an image [samples, channels, 1, 1]: the sum over positions, divided by `factor`."""
         if self.image:
-            return self.build.op("Reshape", self.build.op("GlobalAveragePool", value), self.build.integers([-1, self.site.size]))
+            return self.build.op("GlobalAveragePool", value)
         return self.build.reduce("ReduceSum", value, self.positions, keepdims=False) if self.positions else value
 
     def less(self, value: ir.Value, centre: npt.NDArray[np.float32]) -> ir.Value:
         """The value less a number per channel."""
         build, channels = self.build, len(centre)
+        if not centre.any():
+            return value
         if self.image:
             zeros, ones = (build.constant(np.full(channels, number), np.float32) for number in (0.0, 1.0))
             shift = build.constant(-centre, np.float32)
             return build.op("BatchNormalization", value, ones, shift, zeros, ones, epsilon=0.0)
         return build.op("Sub", value, build.constant(centre.reshape([-1] + [1] * (self.rank - 1 - self.site.axis)), np.float32))
+
+    def largest(self, value: ir.Value) -> ir.Value:
+        """[samples, channels], of an image [samples, channels, 1, 1]: the largest over positions."""
+        if self.image:
+            return self.build.op("GlobalMaxPool", value)
+        return self.build.reduce("ReduceMax", value, self.positions, keepdims=False) if self.positions else value
+
+    def largest_negated(self, value: ir.Value) -> ir.Value:
+        """The same of the negated value."""
+        build = self.build
+        if self.image:
+            zeros, ones = (build.constant(np.full(self.site.size, number), np.float32) for number in (0.0, 1.0))
+            less = build.constant(np.full(self.site.size, -1.0), np.float32)
+            return build.op("GlobalMaxPool", build.op("BatchNormalization", value, less, zeros, zeros, ones, epsilon=0.0))
+        smallest = build.reduce("ReduceMin", value, self.positions, keepdims=False) if self.positions else value
+        return build.op("Neg", smallest)
 
     def rows(self, value: ir.Value) -> ir.Value:
         """[observations, channels]."""
@@ -177,25 +211,31 @@ class View:
         return value if self.rank == 2 else self.build.op("Reshape", value, self.build.integers([-1, self.site.size]))
 
 
-@dataclass
-class Vector:
-    """A sum over samples of rows of numbers, waiting to be packed with the others.
+@dataclass(frozen=True)
+class Rows:
+    """Numbers per sample, and what their sum over samples is called.
 
     Attributes
     ----------
-    rows
-        [rows, size].
+    value
+        [samples · seeds, size], or [samples · seeds, size, 1, 1] from pooling.
     seeds
         Rows per sample; None if that is not known.
     factor
-        What the sum is multiplied by when it is read.
+        What the numbers are multiplied by when their sum is read.
     """
 
-    name: str
-    rows: ir.Value
-    size: int
+    site: Site
+    quantity: str
+    value: ir.Value
     seeds: int | None
+    pooled: bool
     factor: float = 1.0
+
+    @property
+    def kind(self) -> Hashable:
+        """Rows of the same kind have the same number of rows and can stand side by side."""
+        return (self.seeds, self.pooled) if self.seeds is not None else self.site.tensor
 
 
 class Instrument:
@@ -214,7 +254,10 @@ class Instrument:
         self._measure, self._first, self._extent = measure, first, first.extent
         self._declared = scm.shapes
         self._sums: dict[str, npt.NDArray[np.generic]] = {}
-        self._vectors: list[Vector] = []
+        self.centres = {site.tensor: self._centre(site) for site in sites}
+        """[channels] by site: what is taken away from the activations before they are summed up."""
+        self._rows: list[Rows] = []
+        self._packed: dict[str, list[tuple[str, int, float]]] = {}
         self._ones: dict[int, ir.Value] = {}
         self.places: dict[str, int] = {}
         """Observations per sample, of sites where that is the same for every batch."""
@@ -238,6 +281,7 @@ class Instrument:
                 if window is not None:
                     self._see(site, reader, window, centred, thinning(window, shape, samples, batches))
         self._pack()
+        common.RemoveUnusedNodesPass()(self.model)
 
     @property
     def exact(self) -> bool:
@@ -292,10 +336,14 @@ class Instrument:
         hot: npt.NDArray[np.float32] = np.eye(classes, dtype=np.float32)[chosen]
         return hot
 
+    def _centre(self, site: Site) -> npt.NDArray[np.float32]:
+        mean = self._first.means[site.tensor]
+        return np.zeros_like(mean) if self._first.near[site.tensor] and not self._measure.covariance else mean
+
     # -- nodes --
 
-    def _input(self, name: str, rank: int) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape([None] * rank), type=ir.TensorType(ir.DataType.FLOAT))
+    def _input(self, name: str, shape: Shape) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
         self._graph.inputs.append(value)
         return value
 
@@ -310,7 +358,8 @@ class Instrument:
 
     def _probe(self, k: int) -> ir.Value:
         """Seed k: the input itself, or for the Fisher curvature ``√p ∘ r − p (√p · r)``, whose second moment it is."""
-        seed = self._input(f"{PREFIX}seed.{k}", len(self._extent) + 1)
+        # Of the output's own dimensions: onnxruntime fuses what it sees to be of equal shape.
+        seed = self._input(f"{PREFIX}seed.{k}", self._declared[self._measure.output])
         if self._measure.curvature == "identity":
             return seed
         p = self._softmax()
@@ -324,7 +373,7 @@ class Instrument:
 
     def _loss_gradient(self) -> ir.Value:
         """Gradient of the cross-entropy: softmax minus one-hot labels."""
-        hot = self._input(f"{PREFIX}labels", len(self._extent) + 1)
+        hot = self._input(f"{PREFIX}labels", self._declared[self._measure.output])
         return self._build.op("Sub", self._softmax(), hot)
 
     def _output(self, name: str, value: ir.Value, start: npt.NDArray[np.generic]) -> None:
@@ -347,16 +396,42 @@ class Instrument:
         self._output(quantity_of(where, quantity), value, np.array(0, dtype=np.int64))
 
     def _pack(self) -> None:
-        """Return all vectors as one: a sum of its own for each would cost more in nodes than in work."""
-        build = self._build
-        if not self._vectors:
-            return
-        sums = []
-        for vector in self._vectors:
-            rows = vector.rows
-            sums.append(build.op("MatMul", self._row_of_ones(rows, vector.seeds), rows))
-        packed = build.op("Concat", *sums, axis=1)
-        self._output(PACKED, packed, np.zeros((1, sum(vector.size for vector in self._vectors)), dtype=np.float32))
+        """Return all sums of rows as one: nodes of their own for each site and quantity would cost more than their work."""
+        build, found = self._build, {SUMS: [], EXTREMES: []}  # type: dict[str, list[ir.Value]]
+        groups: dict[tuple[str, Hashable], list[Rows]] = {}
+        for rows in self._rows:
+            groups.setdefault((rows.quantity, rows.kind), []).append(rows)
+        joined = {key: self._side_by_side(group) for key, group in groups.items()}
+        for (quantity, kind), value in joined.items():
+            first, *_ = group = groups[quantity, kind]
+            if quantity in EXTREME:
+                found[EXTREMES].append(build.reduce("ReduceMax", value, [0]))
+                self._note(EXTREMES, group, quantity, EXTREME[quantity])
+            elif quantity in PRODUCTS:
+                for product, other in PRODUCTS[quantity].items():
+                    both = build.op("Mul", value, joined[other, kind])
+                    found[SUMS].append(build.op("MatMul", self._row_of_ones(both, first.seeds), both))
+                    self._note(SUMS, group, product, power=2)
+            else:
+                found[SUMS].append(build.op("MatMul", self._row_of_ones(value, first.seeds), value))
+                self._note(SUMS, group, quantity)
+        for name, start in ((SUMS, 0.0), (EXTREMES, -np.inf)):
+            if parts := self._packed.get(name):
+                everything = build.op("Concat", *found[name], axis=1)
+                self._output(name, everything, np.full((1, sum(size for _, size, _ in parts)), start, dtype=np.float32))
+
+    def _note(self, name: str, group: Sequence[Rows], quantity: str, factor: float = 1.0, power: int = 1) -> None:
+        """Keep in mind what lies next in a packed output."""
+        found = ((name_of(rows.site, quantity), rows.site.size, factor * rows.factor**power) for rows in group)
+        self._packed.setdefault(name, []).extend(found)
+
+    def _side_by_side(self, group: Sequence[Rows]) -> ir.Value:
+        """[samples · seeds, all channels of a group of sites]."""
+        build, values = self._build, [rows.value for rows in group]
+        joined = build.op("Concat", *values, axis=1) if len(values) > 1 else values[0]
+        if not group[0].pooled:
+            return joined
+        return build.op("Reshape", joined, build.integers([-1, sum(rows.site.size for rows in group)]))
 
     def _row_of_ones(self, rows: ir.Value, seeds: int | None) -> ir.Value:
         """[1, rows]: summing down the rows of a matrix is fastest as a product."""
@@ -366,7 +441,7 @@ class Instrument:
             shape = build.op("Concat", build.integers([1]), length, axis=0)
             return build.op("Expand", build.constant(np.ones((1, 1)), np.float32), shape)
         if seeds not in self._ones:
-            self._ones[seeds] = self._input(f"{PREFIX}ones.{seeds}", 2)
+            self._ones[seeds] = self._input(f"{PREFIX}ones.{seeds}", (1, None))
         return self._ones[seeds]
 
     def empty(self) -> dict[str, ort.OrtValue]:
@@ -376,10 +451,9 @@ class Instrument:
     def read(self, state: Mapping[str, ort.OrtValue], samples: int) -> dict[str, Array]:
         """The sums over a number of samples, in float64."""
         found: dict[str, Array] = {name: value.numpy().astype(np.float64) for name, value in state.items()}
-        if self._vectors:
-            ends = np.cumsum([vector.size for vector in self._vectors])
-            for vector, part in zip(self._vectors, np.split(found.pop(PACKED)[0], ends[:-1]), strict=True):
-                found[vector.name] = vector.factor * part
+        for packed, entries in self._packed.items():
+            parts = np.split(found.pop(packed)[0], np.cumsum([size for _, size, _ in entries])[:-1])
+            found |= {name: factor * part for (name, _, factor), part in zip(entries, parts, strict=True)}
         counts = {quantity_of(tensor, "count"): np.array(places * samples) for tensor, places in self.places.items()}
         return {**found, **counts}
 
@@ -390,17 +464,17 @@ class Instrument:
         tensor = self._values[site.tensor]
         if self._dtype(site.tensor) != ir.DataType.FLOAT:
             tensor = build.op("Cast", tensor, to=int(ir.DataType.FLOAT))
-        centred = view.less(tensor, self._first.centres[site.tensor])
+        centred = view.less(tensor, self.centres[site.tensor])
         if view.steady:
             self.places[site.tensor] = view.places
         else:
             self._count(site.tensor, "count", build.op("Div", build.op("Size", tensor), build.integers(site.size)))
 
-        def keep(quantity: str, rows: ir.Value, seeds: int = 1, power: int = 1) -> None:
-            known = seeds if view.steady else None
-            self._vectors.append(Vector(name_of(site, quantity), rows, site.size, known, view.factor**power))
+        def keep(quantity: str, *values: ir.Value) -> None:
+            rows = self._stacked([view.over_positions(value) for value in values])
+            self._rows.append(Rows(site, quantity, rows, len(values) if view.steady else None, view.image, view.factor))
 
-        keep("sum", view.over_positions(centred))
+        keep("sum", centred)
         if measure.covariance:
             rows = view.rows(centred)
             self._square(site.tensor, "products", self._products(rows), site.size)
@@ -408,27 +482,22 @@ class Instrument:
                 others = view.rows(self._rolled(centred))
                 self._square(site.tensor, "shared", self._products(rows, others), site.size)
         else:
-            keep("squares", view.over_positions(build.op("Mul", centred, centred)))
+            keep("squares", build.op("Mul", centred, centred))
         if measure.extremes:
-            infinity = np.full(site.size, np.inf, dtype=np.float32)
-            others_than = [a for a in range(rank) if a != site.axis]
-            for quantity, reduction, start in (("low", "ReduceMin", infinity), ("high", "ReduceMax", -infinity)):
-                extreme = build.reduce(reduction, tensor, others_than, keepdims=False)
-                self._output(name_of(site, quantity), extreme, start)
+            for quantity, rows in {"high": view.largest(tensor), "low": view.largest_negated(tensor)}.items():
+                self._rows.append(Rows(site, quantity, rows, 1 if view.steady else None, view.image))
         if site.tensor not in self.differentiated:
             return centred
         slopes = [gradient.values[site.tensor] for gradient in gradients]
-        s1 = self._stacked([view.over_positions(slope) for slope in slopes])
-        s2 = self._stacked([view.over_positions(build.op("Mul", slope, centred)) for slope in slopes])
-        for quantity, (a, b) in {"s11": (s1, s1), "s12": (s1, s2), "s22": (s2, s2)}.items():
-            keep(quantity, build.op("Mul", a, b), seeds=len(slopes), power=2)
+        keep("s1", *slopes)
+        keep("s2", *(build.op("Mul", slope, centred) for slope in slopes))
         if measure.second:
             rows = self._stacked([view.rows(slope) for slope in slopes])
             self._square(site.tensor, "second", self._products(rows), site.size)
         if loss is not None and site.tensor in loss.values:
             slope = loss.values[site.tensor]
-            keep("g1", view.over_positions(slope))
-            keep("g2", view.over_positions(build.op("Mul", slope, centred)))
+            keep("g1", slope)
+            keep("g2", build.op("Mul", slope, centred))
         return centred
 
     def offsets(self, number: int) -> Arrays:
@@ -468,7 +537,7 @@ class Instrument:
         source = reader.node.inputs[linear.data]
         assert source is not None
         value = build.op("Cast", self._values[source.name or ""], to=int(ir.DataType.FLOAT))
-        centre = self._first.centres[site.tensor][reader.index]
+        centre = self.centres[site.tensor][reader.index]
         centred = build.op("Sub", value, build.constant(centre, np.float32))
         order = np.argsort(reader.index, kind="stable")
         if np.array_equal(order, np.arange(len(order))):

@@ -67,6 +67,13 @@ class _Pass:
     parts: dict[ir.Value, list[ir.Value]] = field(default_factory=dict)
     refused: dict[ir.Value, Refusal] = field(default_factory=dict)
 
+    def _arrive(self, value: ir.Value, gradient: ir.Value) -> None:
+        """Note a part of a value's gradient, and that it is of the value's shape: onnxruntime fuses what it knows to agree."""
+        shape = self.declared.get(value.name or "")
+        if gradient.shape is None and shape is not None:
+            gradient.shape, gradient.dtype = ir.Shape(shape), ir.DataType.from_numpy(self.dtype)
+        self.parts.setdefault(value, []).append(gradient)
+
     def total(self, value: ir.Value) -> ir.Value | None:
         """Sum of the contributions to a value's gradient."""
         parts = self.parts.get(value)
@@ -105,7 +112,7 @@ class _Pass:
             found = "uses them inside a subgraph" if hidden else self.rule(node, gradients, targets)
             if not isinstance(found, str):
                 for operand in targets.keys() & found.keys():
-                    self.parts.setdefault(targets[operand], []).append(found[operand])
+                    self._arrive(targets[operand], found[operand])
                 return
             refusal = Refusal(label(node), node.op_type, found)
         for value in (*targets.values(), *hidden):

@@ -43,6 +43,8 @@ class Builder:
     graph: ir.Graph
     opset: int
     prefix: str = PREFIX
+    scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    """Values that are another one times a number per channel, [channels]: a product behind may take it into its weight."""
     _made: dict[Any, ir.Value] = field(default_factory=dict)
 
     def op(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:

@@ -293,7 +293,9 @@ def batch_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
         return "computes its parameters"
     factor = b.of(1) / (b.of(4) + b.view.attribute("epsilon", 1e-5)).of("Sqrt")
     shaped = b.op("Reshape", factor.value, b.build.integers([-1] + [1] * (b.rank(0) - 2)))
-    return {0: b.op("Mul", b.gradient, shaped)}
+    found = b.op("Mul", b.gradient, shaped)
+    b.build.scaled[found] = b.gradient, factor.value
+    return {0: found}
 
 
 def standard(x: Term, axes: Sequence[int], epsilon: float) -> tuple[Term, Term]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.operators.axes import OUT, Barrier, Dim, Linear, NodeView, Operator, Port, Signature
+from mscompile.operators.axes import OUT, Barrier, Dim, Linear, NodeView, Operator, Port, Signature, is_parameter
 from mscompile.operators.backward import Backward
 from mscompile.operators.sliding import Slide, pads_to_size, slides, transposed_slides
 
@@ -189,10 +189,11 @@ def conv_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     if 0 in b.wanted:
         windows = slides(b, b.sizes(1, range(2, b.rank(1))))
         pads = [w.extent - 1 - w.low for w in windows] + [w.extent - 1 - w.high for w in windows]
+        gradient, filters = _unscaled(b)
         if all(w.stride == 1 for w in windows) and min(pads) >= 0 and b.opset >= 10:
-            found[0] = b.op("Conv", b.gradient, _turn_round(b), pads=pads, **_filter(b, windows))
+            found[0] = b.op("Conv", gradient, _turn_round(b, filters), pads=pads, **_filter(b, windows))
         else:
-            found[0] = _spread(b, windows)
+            found[0] = _spread(b, gradient, filters, windows)
     return found
 
 
@@ -226,9 +227,18 @@ def _filter(b: Backward, windows: Sequence[Slide]) -> dict[str, Any]:
     }
 
 
-def _turn_round(b: Backward) -> ir.Value:
+def _unscaled(b: Backward) -> tuple[ir.Value, ir.Value]:
+    """The gradient and the filters; a number per channel that the gradient was multiplied by goes to the filters."""
+    if b.gradient not in b.build.scaled or not is_parameter(b.input(1)):
+        return b.gradient, b.input(1)
+    gradient, factor = b.build.scaled[b.gradient]
+    column = b.op("Reshape", factor, b.build.integers([-1] + [1] * (b.rank(1) - 1)))
+    return gradient, b.op("Mul", b.input(1), column)
+
+
+def _turn_round(b: Backward, filters: ir.Value) -> ir.Value:
     """Filters with input and output channels swapped and every spatial axis flipped; onnxruntime computes them once."""
-    filters, group = b.input(1), int(b.view.attribute("group", 1))
+    group = int(b.view.attribute("group", 1))
     outs, ins, *kernel = b.sizes(1, range(b.rank(1)))
     if group > 1:
         filters = b.op("Reshape", filters, b.build.integers([group, outs // group, ins, *kernel]))
@@ -243,7 +253,7 @@ def _turn_round(b: Backward) -> ir.Value:
     return b.op("Slice", filters, *map(b.build.integers, (start, end, flipped, step)))
 
 
-def _spread(b: Backward, windows: Sequence[Slide]) -> ir.Value:
+def _spread(b: Backward, gradient: ir.Value, filters: ir.Value, windows: Sequence[Slide]) -> ir.Value:
     """Transposed convolution back to the size of the input, which follows from the output's only up to a stride."""
     axes = range(2, b.rank(0))
     strided = [axis for axis, w in zip(axes, windows, strict=True) if w.stride > 1]
@@ -257,8 +267,8 @@ def _spread(b: Backward, windows: Sequence[Slide]) -> ir.Value:
         ]
     spread = b.op(
         "ConvTranspose",
-        b.gradient,
-        b.input(1),
+        gradient,
+        filters,
         strides=[w.stride for w in windows],
         pads=[w.low for w in windows] + [w.high for w in windows],
         output_padding=more,
