@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,6 +119,34 @@ def survey(scm: Scm, sites: Sequence[Site], first: Arrays, output: str) -> Surve
     means = {site.tensor: mean for site, mean in zip(sites, found[::2], strict=True)}
     near = {site.tensor: bool(np.all(m**2 <= NEAR * v)) for site, m, v in zip(sites, found[::2], found[1::2], strict=True)}
     return Survey(len(next(iter(first.values()))), sample_shapes(scm.model, first), extent, means, near)
+
+
+NONDECREASING = frozenset({"Relu", "Sigmoid", "Tanh", "HardSigmoid", "Softplus", "Softsign"})
+"""Operators of one operand with which a maximum commutes, to the bit."""
+
+
+def pool_first(graph: ir.Graph, kept: Collection[str | None]) -> dict[str, str]:
+    """Turn max(f(x)) into f(max(x)) where f never decreases and f(x) is not among `kept`: the way back is shorter.
+
+    The values keep their names but for f(x), whose name goes to max(x). Gives, by that name, the tensor of the same shape.
+    """
+    moved: dict[str, str] = {}
+    for pool in [node for node in graph if node.op_type == "MaxPool" and node.domain == "" and len(node.outputs) == 1]:
+        value, pooled = pool.inputs[0], pool.outputs[0]
+        act = None if value is None else value.producer()
+        if value is None or act is None or act.op_type not in NONDECREASING or act.domain != "" or act.graph is not graph:
+            continue
+        if value.name in kept or value.is_graph_output() or len(value.uses()) > 1:
+            continue
+        pool.replace_input_with(0, act.inputs[0])
+        ir.convenience.replace_all_uses_with(pooled, value, replace_graph_outputs=True)
+        act.replace_input_with(0, pooled)
+        graph.remove(act)
+        graph.insert_after(pool, act)
+        value.name, pooled.name = pooled.name, value.name
+        value.shape = pooled.shape
+        moved[pooled.name or ""] = value.name or ""
+    return moved
 
 
 SUMS, EXTREMES = f"{PREFIX}sums", f"{PREFIX}extremes"
@@ -250,9 +278,12 @@ class Instrument:
         common.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)  # element types, for mixed precision
         self._graph = self.model.graph
         self._build = Builder(self._graph, self._graph.opset_imports.get("", 1))
-        self._values = {v.name or "": v for node in self._graph for v in node.outputs}
         self._measure, self._first, self._extent = measure, first, first.extent
-        self._declared = scm.shapes
+        moved = pool_first(self._graph, {measure.output, *(site.tensor for site in sites)})
+        self._values = {v.name or "": v for node in self._graph for v in node.outputs}
+        self._shapes, self._declared = (
+            {**known, **{new: known[old] for new, old in moved.items() if old in known}} for known in (first.shapes, scm.shapes)
+        )
         self._sums: dict[str, npt.NDArray[np.generic]] = {}
         self.centres = {site.tensor: self._centre(site) for site in sites}
         """[channels] by site: what is taken away from the activations before they are summed up."""
@@ -353,7 +384,7 @@ class Instrument:
     def _differentiate(self, sites: Sequence[Site], seed: ir.Value) -> Gradients:
         seeds, tensors = {self._measure.output: seed}, [site.tensor for site in sites]
         return differentiate(
-            self._graph, self._build, seeds, tensors, shapes=self._first.shapes, declared=self._declared
+            self._graph, self._build, seeds, tensors, shapes=self._shapes, declared=self._declared
         )
 
     def _probe(self, k: int) -> ir.Value:
