@@ -14,10 +14,12 @@ import onnxruntime as ort
 
 from mscompile.data import Samples
 from mscompile.errors import UsageError
-from mscompile.instrument import Instrument, Measure, before, name_of, quantity_of, survey
+from mscompile.instrument import Instrument, Measure
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Scm, Site
 from mscompile.statistics import Array, Curvature, Moments, Statistics, WindowMoments
+from mscompile.survey import survey
+from mscompile.tally import before, name_of, quantity_of
 
 HELD_BATCHES = 16
 """Batches summed up in float32 inside onnxruntime before the sums are added to the float64 totals outside."""
@@ -83,7 +85,8 @@ def _side_by_side(a: Statistics, b: Statistics) -> Statistics:
 def _pass(
     scm: Scm, sites: Sequence[Site], samples: Samples, batch_size: int, measure: Measure, progress: Progress
 ) -> Statistics:
-    first = survey(scm, sites, next(samples.batches(batch_size)), measure.output if measure.curvature != "none" else "")
+    outputs = measure.outputs if measure.curvature != "none" else {}
+    first = survey(scm, sites, next(samples.batches(batch_size)), min(batch_size, len(samples)), outputs)
     instrument = Instrument(scm, sites, first, measure, len(samples))
     session = Session(instrument.model)
     moments: dict[str, Moments] = {}
@@ -91,13 +94,13 @@ def _pass(
     windows: dict[str, WindowMoments] = {}
 
     def collect(state: Mapping[str, ort.OrtValue], count: int) -> None:
-        found = instrument.read(state, count)
+        found = instrument.tally.read(state, count)
         for site in sites:
             tensor, centre = site.tensor, instrument.centres[site.tensor].astype(np.float64)
             new = _moments(site, found, centre)
             moments[tensor] = moments[tensor] + new if tensor in moments else new
             if tensor in instrument.differentiated:
-                more = _curvature(site, found, centre, count, 1.0 if instrument.exact else 1.0 / instrument.probes)
+                more = _curvature(site, found, centre, count, instrument.share)
                 curvature[tensor] = curvature[tensor] + more if tensor in curvature else more
         for name, (site, window, _) in instrument.windows.items():
             seen, products = (found[quantity_of(name, quantity)] for quantity in ("windows", "window"))
@@ -106,16 +109,16 @@ def _pass(
             wider = WindowMoments(window, centre, int(seen), products, between)
             windows[name] = windows[name] + wider if name in windows else wider
 
-    state, start, held = instrument.empty(), 0, 0
+    state, start, held = instrument.tally.empty(), 0, 0
     batches = math.ceil(len(samples) / batch_size)
     for number, batch in enumerate(progress(samples.batches(batch_size), "calibrate", batches), start=1):
-        count = len(next(iter(batch.values())))
+        count = min(batch_size, len(samples) - start)
         totals = session.step({**batch, **instrument.feed(number, start, count, samples)}, state)
         state = {before(name): value for name, value in totals.items()}
         start, held = start + count, held + count
         if number % HELD_BATCHES == 0 or number == batches:
             collect(totals, held)
-            state, held = instrument.empty(), 0
+            state, held = instrument.tally.empty(), 0
     seen = (samples.sha256,)
     return Statistics(moments, curvature, instrument.refused, windows, len(samples), seen, ort.__version__)
 

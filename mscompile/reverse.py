@@ -7,7 +7,7 @@ everything before it would be incomplete: those tensors are refused, with the op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,7 +68,7 @@ class _Pass:
     refused: dict[ir.Value, Refusal] = field(default_factory=dict)
 
     def _arrive(self, value: ir.Value, gradient: ir.Value) -> None:
-        """Note a part of a value's gradient, and that it is of the value's shape: onnxruntime fuses what it knows to agree."""
+        """Note a part of a value's gradient, and that it is of its shape: onnxruntime fuses what it sees to agree."""
         shape = self.declared.get(value.name or "")
         if gradient.shape is None and shape is not None:
             gradient.shape, gradient.dtype = ir.Shape(shape), ir.DataType.from_numpy(self.dtype)
@@ -177,3 +177,31 @@ def _between(nodes: Sequence[ir.Node], starts: Sequence[ir.Value], ends: Sequenc
         if any(v in above for v in node.outputs):
             above.update(v for v in (*node.inputs, *captured(node)) if v is not None)
     return (v for v in below if v in above)
+
+
+NONDECREASING = frozenset({"Relu", "Sigmoid", "Tanh", "HardSigmoid", "Softplus", "Softsign"})
+"""Operators of one operand with which a maximum commutes, to the bit."""
+
+
+def pool_first(graph: ir.Graph, kept: Collection[str | None]) -> dict[str, str]:
+    """Turn max(f(x)) into f(max(x)) where f never decreases and f(x) is not among `kept`: the way back is shorter.
+
+    The values keep their names but for f(x), whose name goes to max(x). Gives, by that name, the tensor of the same shape.
+    """
+    moved: dict[str, str] = {}
+    for pool in [node for node in graph if node.op_type == "MaxPool" and node.domain == "" and len(node.outputs) == 1]:
+        value, pooled = pool.inputs[0], pool.outputs[0]
+        act = None if value is None else value.producer()
+        if value is None or act is None or act.op_type not in NONDECREASING or act.domain != "" or act.graph is not graph:
+            continue
+        if value.name in kept or value.is_graph_output() or len(value.uses()) > 1:
+            continue
+        pool.replace_input_with(0, act.inputs[0])
+        ir.convenience.replace_all_uses_with(pooled, value, replace_graph_outputs=True)
+        act.replace_input_with(0, pooled)
+        graph.remove(act)
+        graph.insert_after(pool, act)
+        value.name, pooled.name = pooled.name, value.name
+        value.shape = pooled.shape
+        moved[pooled.name or ""] = value.name or ""
+    return moved

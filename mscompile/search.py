@@ -219,7 +219,7 @@ def what_to_measure(source: DenseModel, options: Options) -> Measure:
         shared=options.swap > 0 and options.replacement not in (CONSTANT, "affine-parents"),
         windows=options.replacement == WINDOWED,
         extremes=True,
-        output=source.output,
+        outputs={source.output: 1.0},
         curvature=objective.curvature,
         gradient=objective.gradient,
         probes=options.probes,

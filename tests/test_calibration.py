@@ -11,11 +11,12 @@ import pytest
 
 from mscompile.calibration import calibrate
 from mscompile.data import Samples
-from mscompile.instrument import Measure, random_signs
+from mscompile.instrument import Measure
 from mscompile.operators.backward import Builder
 from mscompile.reverse import differentiate, sample_shapes
 from mscompile.runtime import Session
 from mscompile.scm import Scm, read_scm
+from mscompile.seeds import random_signs
 from mscompile.statistics import Statistics
 from tests import golden
 
@@ -45,13 +46,23 @@ TOKENS = """(float[N,3,6] x) => (float[N,3,4] y) <float[6,8] w1, float[8] b1, fl
     h = Sigmoid(s)
     y = MatMul(h, w2)
 }"""
-GRAPHS = {"mlp": MLP, "cnn": CNN, "tokens": TOKENS}
+POOLED = """(float[N,2,6,4] x) => (float[N,3,3,2] y)
+    <float[5,2,3,3] w1, float[5] scale, float[5] bias, float[5] mean, float[5] var, float[4,5,3,3] w2, float[4] b2, float[3,4,1,1] w3> {
+    a = Conv <pads = [1,1,1,1]> (x, w1)
+    n = BatchNormalization(a, scale, bias, mean, var)
+    h = Relu(n)
+    c = Conv <pads = [1,1,1,1]> (h, w2, b2)
+    g = Relu(c)
+    p = MaxPool <kernel_shape = [2,2], strides = [2,2]> (g)
+    y = Conv(p, w3)
+}"""
+GRAPHS = {"mlp": MLP, "cnn": CNN, "tokens": TOKENS, "pooled": POOLED}
+SHAPES = {"mlp": (6,), "cnn": (2, 6, 5), "tokens": (3, 6), "pooled": (2, 6, 4)}
 
 
 def opened(name: str, count: int = 45) -> tuple[Scm, Samples]:
     model = golden.model(GRAPHS[name])
-    shape = {"mlp": (6,), "cnn": (2, 6, 5), "tokens": (3, 6)}[name]
-    x = np.random.default_rng(1).standard_normal((count, *shape)).astype(np.float32) + 0.5
+    x = np.random.default_rng(1).standard_normal((count, *SHAPES[name])).astype(np.float32) + 0.5
     y = Session(model).run({"x": x})["y"]
     return read_scm(model), Samples({"x": x}, y.argmax(axis=-1), "test")
 
@@ -98,7 +109,7 @@ def assert_close(found: npt.NDArray[Any] | None, wanted: npt.NDArray[Any]) -> No
 def test_moments(name: str, batch: int) -> None:
     scm, samples = opened(name)
     found = calibrate(scm, scm.sites, samples, batch_size=batch, measure=Measure(shared=True))
-    plain = calibrate(scm, scm.sites, samples, batch_size=batch, measure=Measure(covariance=False, extremes=False))
+    plain = calibrate(scm, scm.sites, samples, batch_size=batch, measure=Measure(covariance=False))
     for tensor, a in activations(scm, samples).items():
         moments, rows = found.moments[tensor], a.reshape(-1, a.shape[-1])
         centred = rows - rows.mean(axis=0)
@@ -108,8 +119,26 @@ def test_moments(name: str, batch: int) -> None:
         assert_close(moments.squares, np.square(centred).sum(axis=0))
         assert_close(plain.moments[tensor].squares, np.square(centred).sum(axis=0))
         assert plain.moments[tensor].scatter is None
-        np.testing.assert_array_equal(moments.low, rows.min(axis=0))
-        np.testing.assert_array_equal(moments.high, rows.max(axis=0))
+        for either in (moments, plain.moments[tensor]):
+            np.testing.assert_array_equal(either.low, rows.min(axis=0))
+            np.testing.assert_array_equal(either.high, rows.max(axis=0))
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_channels_far_from_zero_keep_their_variance(name: str, covariance: bool) -> None:
+    """A mean of 500 standard deviations leaves float32 sums of squares nothing of the variance, unless it is taken away."""
+    scm, samples = opened(name)
+    model = scm.model.clone()
+    bias = next(v for v in model.graph.initializers.values() if v.name == "b1")
+    assert bias.const_value is not None
+    bias.const_value = ir.tensor(bias.const_value.numpy() + np.float32(500.0), name="b1")
+    scm = read_scm(model)
+    measure = Measure(covariance=covariance, outputs={"y": 1.0}, curvature="identity", probes=100)
+    found = calibrate(scm, scm.sites, samples, batch_size=7, measure=measure)
+    a = activations(scm, samples)["h"]
+    rows = a.reshape(-1, a.shape[-1])
+    np.testing.assert_allclose(found.moments["h"].variance, rows.var(axis=0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", ["cnn", "tokens"])
@@ -131,7 +160,7 @@ def test_what_samples_share_at_a_position(name: str) -> None:
 @pytest.mark.parametrize("batch", [16, 45])
 def test_curvature(name: str, probes: int, batch: int) -> None:
     scm, samples = opened(name)
-    measure = Measure(output="y", curvature="identity", probes=probes, seed=3, second=True)
+    measure = Measure(outputs={"y": 1.0}, curvature="identity", probes=probes, seed=3, second=True)
     found = calibrate(scm, scm.sites, samples, batch_size=batch, measure=measure)
     extent = Session(scm.model).run(samples.inputs)["y"].shape[1:]
     size = int(np.prod(extent))
@@ -157,7 +186,7 @@ def test_curvature(name: str, probes: int, batch: int) -> None:
 def test_fisher_curvature_and_the_gradient_of_the_cross_entropy(name: str) -> None:
     """Over all signs, the seeds' second moment is diag p − p pᵀ; g is the softmax less the labels."""
     scm, samples = opened(name, 30)
-    measure = Measure(output="y", curvature="fisher", gradient=True, probes=400, second=True)
+    measure = Measure(outputs={"y": 1.0}, curvature="fisher", gradient=True, probes=400, second=True)
     found = calibrate(scm, scm.sites, samples, batch_size=30, measure=measure)
     logits = Session(scm.model).run(samples.inputs)["y"].astype(np.float64)
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -181,7 +210,7 @@ def test_fisher_curvature_and_the_gradient_of_the_cross_entropy(name: str) -> No
 
 def test_statistics_of_shards_add_up() -> None:
     scm, samples = opened("cnn", 48)
-    measure = Measure(shared=False, windows=True, output="y", curvature="identity", probes=100, second=True)
+    measure = Measure(shared=False, windows=True, outputs={"y": 1.0}, curvature="identity", probes=100, second=True)
 
     def over(part: Samples) -> Statistics:
         return calibrate(scm, scm.sites, part, batch_size=8, measure=measure)

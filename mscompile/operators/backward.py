@@ -45,6 +45,8 @@ class Builder:
     prefix: str = PREFIX
     scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     """Values that are another one times a number per channel, [channels]: a product behind may take it into its weight."""
+    spread: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    """Values that are another one, broadcast: a product with a tensor of their shape may take the narrow one."""
     _made: dict[Any, ir.Value] = field(default_factory=dict)
 
     def op(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
@@ -252,7 +254,9 @@ class Backward:
 
     def spread(self, gradient: ir.Value, operand: int) -> ir.Value:
         """Broadcast to the shape of an input."""
-        return self.op("Expand", gradient, self.op("Shape", self.input(operand)))
+        wide = self.op("Expand", gradient, self.op("Shape", self.input(operand)))
+        self.build.spread[wide] = gradient
+        return wide
 
     def zeros(self, value: ir.Value) -> ir.Value:
         """Zeros of the shape of a value."""
@@ -361,7 +365,7 @@ def through(b: Backward) -> Mapping[int, ir.Value]:
 
 def slope(formula: Formula) -> Reverse:
     """Rule of an operator that acts on input 0 element by element, from its derivative."""
-    return lambda b: {0: (b.g * formula(b)).value}
+    return lambda b: {0: b.op("Mul", b.build.spread.get(b.gradient, b.gradient), formula(b).value)}
 
 
 def gradients(*formulas: Formula) -> Reverse:

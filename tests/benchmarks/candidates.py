@@ -38,7 +38,7 @@ def measure_of(dense: DenseModel, objective: str) -> Measure:
     needs = OBJECTIVES[objective]
     return Measure(
         windows=True,
-        output=dense.output,
+        outputs={dense.output: 1.0},
         curvature=needs.curvature,
         gradient=needs.gradient,
         second=needs.curvature != "none",
