@@ -47,7 +47,8 @@ TOKENS = """(float[N,3,6] x) => (float[N,3,4] y) <float[6,8] w1, float[8] b1, fl
     y = MatMul(h, w2)
 }"""
 POOLED = """(float[N,2,6,4] x) => (float[N,3,3,2] y)
-    <float[5,2,3,3] w1, float[5] scale, float[5] bias, float[5] mean, float[5] var, float[4,5,3,3] w2, float[4] b2, float[3,4,1,1] w3> {
+    <float[5,2,3,3] w1, float[5] scale, float[5] bias, float[5] mean, float[5] var, float[4,5,3,3] w2, float[4] b2,
+     float[3,4,1,1] w3> {
     a = Conv <pads = [1,1,1,1]> (x, w1)
     n = BatchNormalization(a, scale, bias, mean, var)
     h = Relu(n)
