@@ -87,15 +87,18 @@ class Samples:
         Where they came from, for the report.
     notes
         What was converted, left out or looks weak: to be shown as warnings.
+    shared
+        Inputs without a sample axis, such as an initial state: the same array goes with every batch.
     """
 
     inputs: dict[str, Array]
     labels: Array | None
     source: str
     notes: tuple[str, ...] = ()
+    shared: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return next(len(x) for name, x in self.inputs.items() if name not in self.shared)
 
     @cached_property
     def sha256(self) -> str:
@@ -111,15 +114,15 @@ class Samples:
         """Return the samples at `indices` in that order: views for a slice, copies for integers or a mask."""
         at = indices if isinstance(indices, slice) else np.atleast_1d(np.arange(len(self))[indices])
         labels = None if self.labels is None else np.ascontiguousarray(self.labels[at])
-        inputs = {name: np.ascontiguousarray(x[at]) for name, x in self.inputs.items()}
-        return Samples(inputs, labels, self.source, self.notes)
+        inputs = {name: x if name in self.shared else np.ascontiguousarray(x[at]) for name, x in self.inputs.items()}
+        return Samples(inputs, labels, self.source, self.notes, self.shared)
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
         """Yield views of `size` samples in order, the last one possibly shorter."""
         if size < 1:
             raise UsageError("the batch size must be positive", where="batch size", why=f"got {size}", hint="use 1 or more")
         for start in range(0, len(self), size):
-            yield {name: x[start : start + size] for name, x in self.inputs.items()}
+            yield {name: x if name in self.shared else x[start : start + size] for name, x in self.inputs.items()}
 
     def split(self, shares: Sequence[float], seed: int) -> tuple[Samples, ...]:
         """Split at random into disjoint parts; every sample is in exactly one, in its original order.
@@ -189,7 +192,7 @@ def read(
     """
     if limit is not None and limit < 1:
         raise UsageError("the number of samples must be positive", where="limit", why=f"got {limit}", hint="use 1+")
-    batch = _fixed_batch(specs, labels)
+    _check_specs(specs, labels)
     notes: Notes = {}
     source, chunks, bound = _open(src, [spec.name for spec in specs], labels, notes)
     try:
@@ -198,21 +201,25 @@ def read(
         if not arrays:
             hint = "a reader or generator may be used up: rewind it or make it again"
             raise DataError("there are no samples", where=source, why="the source ended at once", hint=hint)
-        count = len(arrays[specs[0].name])
+        shared = _shared(arrays, specs)
+        batch = fixed_batch(specs, shared) or 1
+        count = next(len(arrays[spec.name]) for spec in specs if spec.name not in shared)
+        for name in sorted(shared):
+            notes[f"{_title(name)} {arrays[name].shape} has no sample axis: the same array goes with every batch"] = None
         if limit is None and count >= bound:
             notes[f"reading stopped at {bound} samples, the bound where no number of samples is given"] = None
         if tail := count % batch:
             if tail == count:
                 why = f"the model takes batches of exactly {batch}, found {count}"
                 raise DataError("too few samples", where=source, why=why, hint=f"supply a multiple of {batch}")
-            arrays = {name: x[:-tail] for name, x in arrays.items()}
+            arrays = {name: x if name in shared else x[:-tail] for name, x in arrays.items()}
             notes[f"the last {tail} of {count} samples are left out: the model takes batches of {batch}"] = None
         for name, x in arrays.items():
-            _check_finite(x, _title(name), source, notes if allow_nan else None)
+            _check_finite(np.atleast_1d(x), _title(name), source, notes if allow_nan else None)
         inputs = {spec.name: arrays[spec.name] for spec in specs}
-        if all(_constant(x) for x in inputs.values()):
-            notes["all samples are identical" if len(x) > 1 else "there is one sample only"] = None
-        samples = Samples(inputs, arrays.get(LABELS), source, tuple(notes))
+        if all(_constant(x) for name, x in inputs.items() if name not in shared):
+            notes["all samples are identical" if count > 1 else "there is one sample only"] = None
+        samples = Samples(inputs, arrays.get(LABELS), source, tuple(notes), shared)
         _ = samples.sha256  # of the data as read, not of a mapped file as it may be later
     except MemoryError as exc:
         raise ResourceError(
@@ -460,8 +467,8 @@ READERS: dict[str, Callable[[Path], dict[str, Array]]] = {".npz": _npz, ".npy": 
 # --- conforming: chunks to samples -----------------------------------------------------------------------------------
 
 
-def _fixed_batch(specs: Sequence[InputSpec], labels: str | None) -> int:
-    """Check what the model declares; return the number of samples it takes at a time, 1 when that is free."""
+def _check_specs(specs: Sequence[InputSpec], labels: str | None) -> None:
+    """Refuse what the model declares where no samples can be fed to it."""
     for spec in specs:
         if spec.dtype.kind not in "fiub" and spec.dtype != BF16:
             hint = "make the conversion to numbers part of the preprocessing, outside the model"
@@ -469,17 +476,47 @@ def _fixed_batch(specs: Sequence[InputSpec], labels: str | None) -> int:
         if spec.name == labels:
             raise UsageError("labels cannot be an input", where=str(spec), why="labels are compared", hint="rename one")
     fixed = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)}
-    if not specs or not all(spec.shape for spec in specs) or len(fixed) > 1 or 0 in fixed:
-        why = "axis 0 of every input must count samples, the same number for all inputs"
-        hint = "export the model with a batch axis first in every input"
-        raise DataError("samples cannot be fed", where=_brief(map(str, specs)) or "no input", why=why, hint=hint)
-    return next((size for size in fixed if isinstance(size, int)), 1)
+    free = any(spec.shape and not isinstance(spec.shape[0], int) for spec in specs)
+    if 0 in fixed or not (free or len(fixed) == 1):
+        raise _no_samples(specs)
+
+
+def _no_samples(specs: Sequence[InputSpec]) -> DataError:
+    """The error for inputs that no number of samples fits."""
+    why = "axis 0 of every input must count samples, the same number for all inputs, unless all its dimensions are fixed"
+    hint = "export the model with a batch axis first in every input"
+    return DataError("samples cannot be fed", where=_brief(map(str, specs)) or "no input", why=why, hint=hint)
+
+
+def _shared(arrays: Mapping[str, Array], specs: Sequence[InputSpec]) -> frozenset[str]:
+    """Inputs whose array is of the fully fixed declared shape, while those of free axis 0 carry another number of samples."""
+    counts = {len(arrays[spec.name]) for spec in specs if spec.shape and not isinstance(spec.shape[0], int)}
+    return frozenset(
+        spec.name
+        for spec in specs
+        if spec.shape == arrays[spec.name].shape and (not spec.shape or (counts and spec.shape[0] not in counts))
+    )
+
+
+def fixed_batch(specs: Sequence[InputSpec], shared: frozenset[str] = frozenset()) -> int | None:
+    """Number of samples that the model takes at a time; None where that is free.
+
+    Raises
+    ------
+    DataError
+        Inputs take different numbers.
+    """
+    fixed = {spec.shape[0] for spec in specs if spec.name not in shared and spec.shape and isinstance(spec.shape[0], int)}
+    if len(fixed) > 1:
+        raise _no_samples(specs)
+    return next((size for size in fixed if isinstance(size, int)), None)
 
 
 def _collect(chunks: Chunks, specs: Sequence[InputSpec], label: str | None, goal: int, notes: Notes) -> dict[str, Array]:
     """Join conforming chunks until `goal` samples are there; labels are under LABELS."""
     parts: dict[str, list[Array]] = {}
     count = held = 0
+    common: frozenset[str] = frozenset()
     room = available_memory()
     for i, (where, raw) in enumerate(chunks):
         arrays = _conform(where, raw, specs, label, notes)
@@ -487,12 +524,21 @@ def _collect(chunks: Chunks, specs: Sequence[InputSpec], label: str | None, goal
         if parts.keys() != arrays.keys():
             why = f"{'labels' if LABELS in arrays else 'no labels'} here, unlike before"
             raise DataError("only some of the samples have labels", where=where, why=why, hint="label all or none")
+        common = _shared(arrays, specs) if i == 0 else common
         for name, x in arrays.items():
+            if name in common:
+                if parts[name] and not np.array_equal(x, parts[name][0]):
+                    why = f"{_title(name)} has no sample axis and is not the same in all chunks"
+                    raise DataError(
+                        "a shared input differs", where=where, why=why, hint="give the same array with all samples"
+                    )
+                parts[name] = [x]
+                continue
             if parts[name] and x.shape[1:] != parts[name][0].shape[1:]:
                 why = f"{_title(name)} was {_form(parts[name][0])} before and is {_form(x)} here"
                 raise DataError("ragged samples", where=where, why=why, hint="pad all samples to one shape")
             parts[name].append(x)
-        count += len(arrays[specs[0].name])
+        count += next(len(arrays[spec.name]) for spec in specs if spec.name not in common)
         held += sum(x.nbytes for x in arrays.values())
         if i and held > room:
             raise _too_large(held, room, where)
@@ -503,7 +549,8 @@ def _collect(chunks: Chunks, specs: Sequence[InputSpec], label: str | None, goal
         name, pieces = parts.popitem()
         if len(pieces) > 1:
             _need(sum(x.nbytes for x in pieces), where)
-        joined[name] = (pieces[0] if len(pieces) == 1 else np.concatenate(pieces))[:goal]
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        joined[name] = whole if name in common else whole[:goal]
     return joined
 
 
@@ -523,7 +570,8 @@ def _conform(
         _check_numbers(found[LABELS], _title(LABELS), where)
         own = found[LABELS].dtype.newbyteorder("=")
         arrays[LABELS] = _cast(found[LABELS], own, _title(LABELS), where, notes)
-    counts = {_title(name): len(x) if x.ndim else 0 for name, x in arrays.items()}
+    shared = _shared(arrays, specs)
+    counts = {_title(name): len(x) if x.ndim else 0 for name, x in arrays.items() if name not in shared}
     if len(set(counts.values())) > 1:
         why = _brief(f"{count} in {name}" for name, count in counts.items())
         raise DataError("sample counts differ", where=where, why=why, hint="axis 0 counts samples in every array")
@@ -586,7 +634,7 @@ def _check_shape(x: Array, spec: InputSpec, where: str) -> None:
         pairs = zip(sizes, shape, strict=False)
         return len(shape) == len(sizes) and all(a == b or not isinstance(a, int) for a, b in pairs)
 
-    if x.ndim and fits(x.shape[1:]):
+    if x.shape == spec.shape == () or (x.ndim and fits(x.shape[1:])):
         return
     hint = "give it the declared shape"
     if fits(x.shape):
@@ -609,11 +657,13 @@ def _check_numbers(x: Array, title: str, where: str) -> None:
 
 def _cast(x: Array, dtype: np.dtype[Any], title: str, where: str, notes: Notes) -> Array:
     """Return `x` as `dtype`, native and contiguous; values must stay, except for rounding as in ROUNDED."""
+    if x.ndim == 0:
+        return _cast(x.reshape(1), dtype, title, where, notes).reshape(())
     own = x.dtype.newbyteorder("=")
     if own != x.dtype:
         notes[f"{title}: byte order swapped to the native one"] = None
     elif own == dtype:
-        return x if x.ndim == 0 else np.ascontiguousarray(x)
+        return np.ascontiguousarray(x)
     rounded = (own.name, dtype.name) in ROUNDED
     if own != dtype:
         how = "rounded" if rounded else "converted exactly" + (", not scaled," if own.kind in "iu" else "")

@@ -37,11 +37,18 @@ class DenseModel:
     specs: tuple[InputSpec, ...]
     external: tuple[Path, ...] = ()
     """Files beside the model that its weights lie in."""
+    shared: frozenset[str] = frozenset()
+    """Inputs without a sample axis in the data at hand."""
 
     @property
     def batch(self) -> int | None:
         """Samples that the model takes at a time; None where that is free."""
-        return next((s.shape[0] for s in self.specs if s.shape and isinstance(s.shape[0], int)), None)
+        fixed = (s.shape[0] for s in self.specs if s.shape and s.name not in self.shared and isinstance(s.shape[0], int))
+        return next(fixed, None)
+
+    def given(self, samples: Samples | None) -> DenseModel:
+        """The same model, with what the data tells of its inputs."""
+        return self if samples is None else replace(self, shared=samples.shared)
 
     @property
     def opset(self) -> int:

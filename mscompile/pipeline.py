@@ -96,9 +96,10 @@ def compile_model(
             output_conflict([data_file(target)], force=force, inputs=source.external)
         into_memory(source.model)
     check_outputs(source)
+    samples = find_data(source, data, options)
+    source = source.given(samples)
     if source.batch is not None:
         options = replace(options, batch_size=source.batch)
-    samples = find_data(source, data, options)
     warnings = list(samples.notes) if samples is not None else []
     warnings += [f"{kind} in the model will not be in the compiled one" for kind in source.model.meta.get(LEFT_OUT, ())]
     if "pkg.mscompile.version" in source.model.metadata_props:

@@ -63,6 +63,7 @@ def calibrate_model(
         output_conflict([output], force=force)
     dense = open_dense(model, options.only, options.freeze)
     samples = find_data(dense, data, options)
+    dense = dense.given(samples)
     if samples is None:
         raise DataError(
             "there is no calibration data",
@@ -239,6 +240,7 @@ def apply_plan(
         _check_windows(dense, site, entry)
     compiled = rewrite(dense.model, plan)
     samples = find_data(dense, data, options) or generated_inputs(dense.specs)
+    dense = dense.given(samples)
     error = None
     if samples is not None and plan.sites:
         pair = make_pair(dense.model, compiled.model, plan, dense.ranks, compiled.alignment)

@@ -765,7 +765,6 @@ def test_ragged_chunks_are_refused_and_fixed_ones_joined() -> None:
     [
         [],
         [spec(shape=())],
-        [spec(), spec("scale", shape=())],
         [spec(shape=(0, 3))],
         [spec(shape=(2, 3)), spec("z", shape=(3,))],
     ],
@@ -777,6 +776,34 @@ def test_models_that_cannot_be_fed(specs: list[InputSpec]) -> None:
 @pytest.mark.parametrize("dtype", ["O", "U", "c8", "M8[s]"])
 def test_models_that_do_not_take_numbers(dtype: str) -> None:
     assert "numbers" in refused({"x": X}, [spec(dtype=dtype)], UnsupportedError)
+
+
+STATE = np.arange(8, dtype=np.float32).reshape(2, 1, 4)
+SHARING = [spec(), spec("h", shape=(2, 1, 4)), spec("rate", np.int64, ())]
+
+
+def test_inputs_without_a_sample_axis_go_with_every_batch() -> None:
+    samples = read({"x": X, "h": STATE, "rate": np.array(16, np.int32), "y": Y}, SHARING)
+    assert (len(samples), samples.shared) == (5, {"h", "rate"})
+    assert sum("goes with every batch" in note for note in samples.notes) == 2
+    for part in (*samples.split((1, 1), 0), samples.take([0, 3]), read(samples, SHARING, limit=4)):
+        assert len(part) in (2, 3, 4)
+        np.testing.assert_array_equal(part.inputs["h"], STATE)
+        assert part.inputs["rate"] == 16
+    batches = list(samples.batches(2))
+    assert [len(batch["x"]) for batch in batches] == [2, 2, 1]
+    assert all(batch["h"].shape == (2, 1, 4) for batch in batches)
+    rounds = read(iter([{"x": X, "h": STATE, "rate": np.array(16)}] * 2), SHARING)
+    assert (len(rounds), rounds.shared, len(rounds.inputs["h"])) == (10, {"h", "rate"}, 2)
+
+
+def test_shared_inputs_that_differ_or_count_samples() -> None:
+    assert "not the same in all chunks" in refused(
+        iter([{"x": X, "h": STATE + i, "rate": np.array(16)} for i in range(2)]), SHARING
+    )
+    states = np.arange(4 * 4, dtype=np.float32).reshape(4, 1, 4)  # one state for each of four samples
+    assert read({"x": X[:4], "h": states, "rate": np.array(1)}, SHARING).shared == {"rate"}
+    assert "sample counts differ" in refused({"x": X[:3], "h": states, "rate": np.array(1)}, SHARING)
 
 
 @pytest.mark.parametrize(("batch", "kept"), [(1, 5), (2, 4), (4, 4), (5, 5)])
