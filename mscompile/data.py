@@ -489,7 +489,7 @@ def _no_samples(specs: Sequence[InputSpec]) -> DataError:
 
 
 def _shared(arrays: Mapping[str, Array], specs: Sequence[InputSpec]) -> frozenset[str]:
-    """Inputs whose array is of the fully fixed declared shape, while those of free axis 0 carry another number of samples."""
+    """Inputs whose array has the fully fixed declared shape, while those of free axis 0 carry another number of samples."""
     counts = {len(arrays[spec.name]) for spec in specs if spec.shape and not isinstance(spec.shape[0], int)}
     return frozenset(
         spec.name
