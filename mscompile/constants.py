@@ -53,7 +53,9 @@ class Carrier:
 
 def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | None:
     """The unit, among `channels` of the first site, that makes the best-scaled constant at all `sites`; None if none can."""
-    units = sites[0].units[channels]
+    units = np.array(list(dict.fromkeys(sites[0].units[channels].tolist())), dtype=np.int64)
+    for site in sites[1:]:
+        units = units[np.isin(units, site.units)]
     if not len(units) or not all(can_be_constant(scm, creator) for creator in scm.creators_of(units)):
         return None
     responses = []
@@ -61,9 +63,7 @@ def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | No
         found = constant_response(scm, site, {int(u): LEVELS for u in units})
         if found is None:
             return None
-        places = {int(u): i for i, u in enumerate(site.units)}
-        if any(int(u) not in places for u in units):
-            return None
+        places = {int(u): i for i, u in reversed([*enumerate(site.units)])}
         responses.append(found[:, [places[int(u)] for u in units]])
     stacked = np.abs(np.stack(responses))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -62,7 +62,7 @@ def _coverage(scm: Scm, status: Mapping[int, str], left_alone: Mapping[str, str 
     slots: dict[tuple[ir.Node, int], list[int]] = {}
     for slot in scm.slots:
         if len(slot.units):
-            slots.setdefault((slot.node, slot.operand), []).append(int(slot.units[0]))
+            slots.setdefault((slot.node, slot.operand), []).append(int(slot.units.flat[0]))
     reading = {reader.node for site in scm.sites for reader in site.readers}
     seen: set[str] = set()
     for node in scm.model.graph:

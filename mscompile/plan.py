@@ -14,9 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Va
 from mscompile.constants import carrier
 from mscompile.errors import GoalError, UsageError
 from mscompile.operators import IntArray
-from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fit
+from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fit, fit_by_row
 from mscompile.scm import Scm, Site
 from mscompile.scores import MEASURABLE, Scores, joint_curvature
+from mscompile.selection import retained_units
 from mscompile.statistics import Statistics
 from mscompile.windows import determined, fit_window, window_name, window_weight
 
@@ -174,7 +175,9 @@ def refusal(scm: Scm, site: Site) -> str | None:
         return str(site.refusal)
     if site.size < 2:
         return "has a single unit"
-    if site.border and carrier(scm, [site], np.arange(site.size)) is None:
+    if any(reader.border and reader.groups > 1 for reader in site.readers):
+        return "is read by a convolution in groups with zero padding, whose border no constant reaches exactly"
+    if site.border and carrier(scm, [site], np.flatnonzero(site.free)) is None:
         return "is read with zero padding, and no channel can be made constant to carry the bias to the border exactly"
     return None
 
@@ -257,11 +260,13 @@ def make_plan(
     for group, count in counts.items():
         sites = groups[group]
         order = orders[group]
-        retained = count - any(site.border for site in sites)
+        stay = len(np.unique(np.concatenate([site.units[~site.free] for site in sites])))
+        retained = max(count - any(site.border for site in sites), stay)
         if count == len(order) or retained < 1:
             continue
-        kept_units = np.sort(order[len(order) - retained :])
-        planned += [_plan_site(site, statistics, scores, kept_units, replacement, swap) for site in sites]
+        kept_units = retained_units(order, retained, scm.blocks)
+        cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
+        planned += [_plan_site(site, statistics, scores, kept_units, replacement, swap) for site in cut]
     place = {site.tensor: i for i, site in enumerate(scm.sites)}
     planned.sort(key=lambda entry: place[entry.tensor])
     return Plan(
@@ -284,6 +289,8 @@ def _plan_site(
         )
     if replacement == CONSTANT:
         fit = Fit(scores.constants[site.tensor][replaced], None)
+    elif site.rows is not None:
+        fit = fit_by_row(AFFINE_FITS[replacement], moments, kept, replaced, swap, site.rows)
     else:
         fit = AFFINE_FITS[replacement](moments, kept, replaced, swap)
     error = fit.error_moment(moments, kept, replaced)

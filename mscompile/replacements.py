@@ -78,6 +78,28 @@ def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
 
 
+def fit_by_row(
+    fit: Callable[[Moments, IntArray, IntArray, float], Fit],
+    moments: Moments,
+    kept: IntArray,
+    replaced: IntArray,
+    swap: float,
+    rows: IntArray,
+) -> Fit:
+    """The same fit where a replaced channel may be a function of the retained channels of its own row only."""
+    constants, matrix = np.empty(len(replaced)), np.zeros((len(replaced), len(kept)))
+    for row in np.unique(rows[replaced]):
+        to, away = np.flatnonzero(rows[kept] == row), np.flatnonzero(rows[replaced] == row)
+        if not len(to):
+            constants[away] = moments.mean[replaced[away]]
+            continue
+        part = fit(moments, kept[to], replaced[away], swap)
+        constants[away] = part.constants
+        if part.matrix is not None:
+            matrix[np.ix_(away, to)] = part.matrix
+    return Fit(constants, matrix)
+
+
 def stabilise(bracket: Array) -> None:
     """Add the ridge to a covariance, in place."""
     diagonal = np.diagonal(bracket)

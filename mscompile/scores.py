@@ -90,7 +90,13 @@ def reader_curvature(site: Site) -> Array:
     total = np.zeros((site.size, site.size))
     for reader in site.readers:
         weight = reader.columns(site.size).reshape(site.size, -1) * reader.signature.linear.gain  # type: ignore[union-attr]
-        total += weight @ weight.T
+        change = weight @ weight.T
+        # Channels of different groups meet outputs of different ones.
+        total += change if reader.groups == 1 or site.rows is None else change * (site.rows[:, None] == site.rows)
+    for pairing in site.pairings:  # the queries are not measured: their weights say how large they may be
+        for slot, index in zip(pairing.slots, pairing.index, strict=True):
+            rows = np.moveaxis(_tensor(slot.node, slot.operand).astype(np.float64), slot.axis, 0)
+            np.add.at(total, (index, index), np.square(rows).reshape(len(rows), -1).sum(axis=1))
     return total
 
 
@@ -158,7 +164,7 @@ def _magnitude(scm: Scm, site: Site, statistics: Statistics, seed: int) -> Score
             rows = np.moveaxis(tensor.astype(np.float64), slot.axis, 0).reshape(len(slot.units), -1)
             for unit, square in zip(slot.units.tolist(), np.square(rows).sum(1).tolist(), strict=True):
                 squares[unit] = squares.get(unit, 0.0) + square
-    norms = np.sqrt([squares[unit] for unit in site.units.tolist()])
+    norms = np.sqrt([squares.get(unit, 0.0) for unit in site.units.tolist()])
     return Scored(norms, statistics.moments[site.tensor].mean, "norm of the incoming weights")
 
 

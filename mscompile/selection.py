@@ -27,6 +27,7 @@ from mscompile.replacements import TINY, interchanged, stabilise
 from mscompile.scm import Site
 from mscompile.scores import Scores, joint_curvature
 from mscompile.statistics import Moments, Statistics
+from mscompile.units import even
 
 Array = npt.NDArray[np.float64]
 
@@ -74,45 +75,76 @@ class _State:
 
 
 def additive_order(sites: Sequence[Site], scores: Scores) -> IntArray:
-    """Units of a group in the order they go by the sum of their scores at its sites, least first."""
-    units = np.unique(np.concatenate([site.units for site in sites]))
-    total = np.zeros(len(units))
+    """Units of a group in the order they go by the sum of their scores at its sites, least first; what stays is last."""
+    units, total = _totals(sites)
     for site in sites:
-        total[np.searchsorted(units, site.units)] += scores.risk[site.tensor]
+        np.add.at(total, np.searchsorted(units, site.units), scores.risk[site.tensor])
     return units[np.argsort(total, kind="stable")]
+
+
+def _totals(sites: Sequence[Site]) -> tuple[IntArray, Array]:
+    """Units of a group and a sum for each to start from: infinite for those that must stay."""
+    units = np.unique(np.concatenate([site.units for site in sites]))
+    fixed = np.concatenate([site.units[~site.free] for site in sites])
+    return units, np.where(np.isin(units, fixed), np.inf, 0.0)
 
 
 def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> IntArray:
     """Units of a group in the order they go by backward elimination; `swap` is that of the affine fit."""
     states = [
         _State(
-            _inverse(statistics.moments[site.tensor], swap),
+            _inverse(site, statistics.moments[site.tensor], swap),
             np.array(joint_curvature(site, statistics), order="C"),
             site.units,
             np.ones(site.size, dtype=np.bool_),
         )
         for site in sites
     ]
-    left = np.unique(np.concatenate([site.units for site in sites]))
+    left, start = _totals(sites)
     order: list[IntArray] = []
-    while len(left) > 1:
-        total = np.zeros(len(left))
+    while (going := int(np.isfinite(start).sum())) > 0 and len(left) > 1:
+        total = start.copy()
         for state in states:
             own, cost = state.costs()
-            total[np.searchsorted(left, own)] += cost
-        count = min(max(1, int(len(left) * BLOCK_SHARE)), len(left) - 1)
+            np.add.at(total, np.searchsorted(left, own), cost)
+        count = min(max(1, int(len(left) * BLOCK_SHARE)), len(left) - 1, going)
         chosen = np.argsort(total, kind="stable")[:count]
         order.append(left[chosen])
         for state in states:
             state.remove(left[chosen])
-        left = np.delete(left, chosen)
+        left, start = np.delete(left, chosen), np.delete(start, chosen)
     return np.concatenate([*order, left])
 
 
-def _inverse(moments: Moments, swap: float) -> Array:
-    """Inverse of the interchanged covariance, ridge included."""
+def _inverse(site: Site, moments: Moments, swap: float) -> Array:
+    """Inverse of the interchanged covariance, ridge included; channels of different rows cannot stand in for each other."""
     bracket = interchanged(moments.covariance, moments.common, swap)
+    if site.rows is not None:
+        bracket *= site.rows[:, None] == site.rows
     stabilise(bracket)
     factor = scipy.linalg.cho_factor(bracket, lower=True, overwrite_a=True)
     inverse: Array = np.ascontiguousarray(scipy.linalg.cho_solve(factor, np.eye(len(bracket))))
     return inverse
+
+
+def retained_units(order: IntArray, count: int, blocks: Sequence[IntArray]) -> IntArray:
+    """The `count` units that go last; where rows of a block must stay equally large, the same share of each row, or more.
+
+    Parameters
+    ----------
+    order
+        Units in the order they go.
+    blocks
+        [rows, units in a row] each; those of other groups are ignored.
+    """
+    own = [block for block in blocks if np.isin(block, order).all()]
+    kept = order[len(order) - count :]
+    if not own:
+        return np.sort(kept)
+    place = {unit: i for i, unit in enumerate(order.tolist())}
+    largest = max(own, key=lambda block: block.size)
+    quota = max(1, round(count / len(order) * largest.shape[1]))
+    chosen = set(kept[~np.isin(kept, largest)].tolist())
+    for row in largest.tolist():
+        chosen.update(sorted(set(row), key=lambda unit: place[unit])[-quota:])
+    return even(np.array(sorted(chosen), dtype=np.int64), own, order.tolist())

@@ -52,7 +52,9 @@ def _plan_site(
 ) -> SitePlan:
     stays = np.array([u not in gone for u in site.units.tolist()])
     kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
-    place = {int(site.units[k]): i for i, k in enumerate(kept.tolist())}
+    # A unit that stands at several channels has its twin at as many, in the same order.
+    count = _occurrence(site.units)
+    place = {(int(site.units[k]), int(count[k])): i for i, k in enumerate(kept.tolist())}
     constants = np.zeros(len(replaced), dtype=np.float32)
     matrix = np.zeros((len(replaced), len(kept)), dtype=np.float32)
     for row, channel in enumerate(replaced.tolist()):
@@ -60,7 +62,7 @@ def _plan_site(
         if unit in constant and response is not None:
             constants[row] = response[0, channel]
         elif unit in twin:
-            matrix[row, place[twin[unit]]] = 1.0
+            matrix[row, place[twin[unit], int(count[channel])]] = 1.0
     return SitePlan(
         name=site.tensor,
         tensor=site.tensor,
@@ -71,6 +73,16 @@ def _plan_site(
         affine=matrix if matrix.any() else None,
         basis="proved from the weights",
     )
+
+
+def _occurrence(units: IntArray) -> IntArray:
+    """How often each entry has occurred before."""
+    seen: dict[int, int] = {}
+    found = []
+    for unit in units.tolist():
+        found.append(seen.get(unit, 0))
+        seen[unit] = found[-1] + 1
+    return np.array(found, dtype=np.int64)
 
 
 def _known(response: npt.NDArray[np.float64] | None, site: Site, unit: int) -> bool:

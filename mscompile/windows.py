@@ -45,7 +45,7 @@ ROWS_PER_FEATURE = 48
 def window_of(site: Site, reader: Reader, opset: int) -> Window | None:
     """The window of a reader; None where it sees one position at a time, too many features, or is no plain convolution."""
     taps = len(reader.index) // site.size
-    if opset < OLDEST:
+    if opset < OLDEST or reader.groups > 1:
         return None
     if taps > 1:
         window = Window(site.size, taps)

@@ -46,7 +46,7 @@ def carry_of(reader: Reader) -> ir.Node | None:
 
 def _fold(graph: ir.Graph, scm: Scm, members: Sequence[tuple[Site, Reader]], unread: np.ndarray) -> bool:
     sites = list({site.tensor: site for site, _ in members}.values())
-    constant = carrier(scm, sites, np.flatnonzero(np.isin(sites[0].units, unread)))
+    constant = carrier(scm, sites, np.flatnonzero(np.isin(sites[0].units, unread) & sites[0].free))
     if constant is None:
         return False
     make_constant(graph, scm, sites[0], constant)
@@ -56,7 +56,7 @@ def _fold(graph: ir.Graph, scm: Scm, members: Sequence[tuple[Site, Reader]], unr
         assert node is not None
         assert linear is not None
         weight = np.moveaxis(array_of(reader.weight).astype(np.float64), reader.axis, 0)
-        weight[np.flatnonzero(reader.units == constant.unit)] = weight[-1] / values[site.tensor]
+        weight[np.flatnonzero(reader.units == constant.unit)[:1]] = weight[-1] / values[site.tensor]
         owned(graph, reader.node, linear.weight, np.moveaxis(weight[:-1], 0, reader.axis))
         reader.node.replace_input_with(linear.data, node.inputs[0])
         graph.remove(node, safe=True)

@@ -6,7 +6,8 @@ A reader with weight W over the channels of a site, ``y = Σ_k W_k a_k + b``, se
 
 so W takes ``W_K + W_P B`` on retained columns and zeros on replaced ones, and b takes ``W_P c``. Where the reader pads with
 zeros, W_P c is no bias but a weight on a channel of ones, which a Carry node provides. Nothing reads a replaced channel
-then, and `passes.narrow` may take it away. All sums are in float64, rounded once.
+then, and `passes.narrow` may take it away. Keys meet no weight but queries: see `mscompile.sites.Pairing`. All sums are in
+float64, rounded once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.passes.readers import rewrite_reader
+from mscompile.passes.readers import array_of, owned, rewrite_reader
 from mscompile.passes.replace import Replacement, replacements
-from mscompile.scm import Reader, Scm, read_scm
+from mscompile.scm import Pairing, Reader, Scm, read_scm
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class FoldReplacements(ir.passes.InPlacePass):
             site = next((s for s in scm.sites if s.tensor == value.name), None)
             if site is None or site.axis != replacement.axis:
                 continue
-            if not {use.node for use in value.uses()} <= {reader.entry for reader in site.readers}:
+            if not {use.node for use in value.uses()} <= site.entries:
                 continue
             for reader in site.readers:
                 fold_into(model.graph, scm, reader, replacement)
+            for pairing in site.pairings:
+                fold_into_queries(model.graph, pairing, replacement)
             value.replace_all_uses_with(replacement.node.inputs[0])  # type: ignore[arg-type]
             model.graph.remove(replacement.node, safe=True)
             modified = True
@@ -47,8 +50,25 @@ def fold_into(graph: ir.Graph, scm: Scm, reader: Reader, replacement: Replacemen
     """Fold one replacement into one reader."""
     columns = reader.columns(replacement.size)
     away = columns[replacement.replaced]
-    response = np.tensordot(replacement.constants, away, axes=1)
+    group = np.zeros(replacement.size, dtype=np.int64)
+    if reader.groups > 1:
+        group[reader.index] = np.repeat(np.arange(reader.groups), len(reader.index) // reader.groups)
+    response = np.zeros((reader.groups, *columns.shape[1:]))
+    np.add.at(response, group[replacement.replaced], replacement.constants.reshape(-1, *[1] * (away.ndim - 1)) * away)
     if replacement.matrix is not None:
         columns[replacement.kept] += np.tensordot(replacement.matrix.T, away, axes=1)
     columns[replacement.replaced] = 0.0
     rewrite_reader(graph, scm, reader, columns, response)
+
+
+def fold_into_queries(graph: ir.Graph, pairing: Pairing, replacement: Replacement) -> None:
+    """Fold a replacement of keys into the queries they meet, head by head; constants fall out under the softmax."""
+    for slot, index, heads in zip(pairing.slots, pairing.index, pairing.heads, strict=True):
+        array = np.moveaxis(array_of(slot.node.inputs[slot.operand]).astype(np.float64), slot.axis, 0)
+        kept, replaced = (np.isin(index, channels) for channels in (replacement.kept, replacement.replaced))
+        for head in np.unique(heads) if replacement.matrix is not None else ():
+            to, away = np.flatnonzero(kept & (heads == head)), np.flatnonzero(replaced & (heads == head))
+            rows, columns = (np.searchsorted(c, index[i]) for c, i in ((replacement.replaced, away), (replacement.kept, to)))
+            array[to] += np.tensordot(replacement.matrix[np.ix_(rows, columns)].T, array[away], axes=1)  # type: ignore[index]
+        array[replaced] = 0.0
+        owned(graph, slot.node, slot.operand, np.moveaxis(array, 0, slot.axis))

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from mscompile.operators import DIALECT, IntArray, Signature
 from mscompile.passes.readers import add_parameter, array_of, owned
-from mscompile.scm import Scm, read_scm
+from mscompile.scm import Scm, Slot, read_scm
+from mscompile.units import along, even, width
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,11 @@ class RemoveDeadUnits(ir.passes.InPlacePass):
         _slice_parameters(model.graph, scm, dead)
         _follow_sizes(model.graph, scm, dead)
         values = {v.name: v for node in model.graph for v in node.outputs}
-        for (name, axis), units in scm.axes.items():
-            left = np.flatnonzero(~np.isin(units, dead))
-            if len(left) < len(units):
-                value = values[name]
-                if value.shape is not None:
-                    value.shape = ir.Shape([len(left) if a == axis else d for a, d in enumerate(value.shape)])
+        for name, labels in scm.labels.items():
+            value = values[name]
+            if value.shape is not None and any(np.isin(units, dead).any() for units in labels.values()):
+                widths = {axis: width(labels, axis, dead) for axes in labels for axis in axes}
+                value.shape = ir.Shape([d if (w := widths.get(a)) is None else w for a, d in enumerate(value.shape)])
         for site in scm.sites:
             left = np.flatnonzero(~np.isin(site.units, dead))
             if len(left) < site.size:
@@ -62,11 +62,15 @@ def unread_units(scm: Scm) -> IntArray:
         every.update(site.units.tolist())
         for reader in site.readers:
             # Behind a Carry node the weight has one column more, which is no unit's.
-            weight = np.moveaxis(array_of(reader.weight), reader.axis, 0)[: len(reader.units)]
+            weight = reader.rows(array_of(reader.weight))[: len(reader.units)]
             read.update(reader.units[weight.reshape(len(weight), -1).any(axis=1)].tolist())
+        for pairing in site.pairings:  # a pair whose query is zero adds nothing to any score
+            for slot, index in zip(pairing.slots, pairing.index, strict=True):
+                rows = np.moveaxis(array_of(slot.node.inputs[slot.operand]), slot.axis, 0)
+                read.update(site.units[index[rows.reshape(len(rows), -1).any(axis=1)]].tolist())
     for node in scm.model.graph:
         if node.domain == DIALECT and node.op_type == "Replace":  # reads retained units on behalf of the others
-            seen = scm.axes.get((node.outputs[0].name or "", node.attributes["axis"].as_int()))
+            seen = scm.units_on(node.outputs[0].name or "", node.attributes["axis"].as_int())
             read.update(() if seen is None else seen.tolist())
     return np.array(sorted(every - read - set(scm.frozen)), dtype=np.int64)
 
@@ -78,17 +82,27 @@ def dead_units(scm: Scm, tensors: Iterable[str] | None = None) -> IntArray:
         dead &= {unit for site in scm.sites if site.tensor in set(tensors) for unit in site.units.tolist()}
     for node in scm.model.graph:
         if node.domain == DIALECT:  # holds channel numbers, or counts channels, and would have to follow
-            for axis in range(len(scm.shapes.get(node.outputs[0].name or "", ()))):
-                dead -= set(scm.axes.get((node.outputs[0].name or "", axis), np.zeros(0, np.int64)).tolist())
-    for units in scm.axes.values():
-        if dead.issuperset(units.tolist()):
-            dead.discard(int(units[0]))
+            for units in scm.labels.get(node.outputs[0].name or "", {}).values():
+                dead -= set(units.ravel().tolist())
+    for labels in scm.labels.values():
+        for units in labels.values():
+            if dead.issuperset(units.ravel().tolist()):
+                dead.discard(int(units.flat[0]))
+    every = {unit for block in scm.blocks for unit in block.ravel().tolist()}
+    if dead & every:
+        dead -= set(even(np.array(sorted(every - dead), dtype=np.int64), scm.blocks, ()).tolist())
     return np.array(sorted(dead), dtype=np.int64)
 
 
 def _slice_parameters(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
     cuts: dict[tuple[ir.Node, int], dict[int, IntArray]] = {}
+    blocked: dict[tuple[ir.Node, int], Slot] = {}
     for slot in scm.slots:
+        if slot.units.ndim > 1:
+            if np.isin(slot.units, dead).any():
+                blocked[slot.node, slot.operand] = slot
+                cuts.setdefault((slot.node, slot.operand), {})
+            continue
         left = np.flatnonzero(~np.isin(slot.units, dead))
         if len(left) < len(slot.units):
             cuts.setdefault((slot.node, slot.operand), {})[slot.axis] = left
@@ -99,6 +113,10 @@ def _slice_parameters(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
         assert value is not None
         assert value.const_value is not None
         key = (value, tuple((axis, left.tobytes()) for axis, left in sorted(axes.items())))
+        if (node, operand) in blocked:
+            array = _take_by_block(array_of(value), blocked[node, operand], axes, dead)
+            owned(graph, node, operand, array)
+            continue
         if key not in shared:
             array = array_of(value)
             for axis, left in axes.items():
@@ -120,20 +138,58 @@ def _equal(one: dict[int, IntArray], other: dict[int, IntArray]) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[axis], other[axis]) for axis in one)
 
 
+def _take_by_block(array: np.ndarray, slot: Slot, axes: dict[int, IntArray], dead: IntArray) -> np.ndarray:
+    """Cut a parameter each of whose blocks of rows has units of its own on another axis; rows are cut as `axes` says."""
+    blocks = np.split(np.arange(array.shape[0]), len(slot.units))
+    kept = axes.get(0, np.arange(array.shape[0]))
+    parts = [
+        np.take(array[np.intersect1d(rows, kept)], np.flatnonzero(~np.isin(units, dead)), axis=slot.axis)
+        for rows, units in zip(blocks, slot.units, strict=True)
+    ]
+    return np.concatenate(parts)
+
+
 def _follow_sizes(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
     for node in graph:
         found = scm.signatures[node]
         if not isinstance(found, Signature):
             continue
-        output = node.outputs[0].name or ""
+        held: dict[int | str, np.ndarray] = {}
         for size in found.sizes:
-            units = scm.axes.get((output, size.axis))
-            if units is None or not np.isin(units, dead).any():
+            operand, axis = size.port
+            value = node.inputs[operand] if operand >= 0 else node.outputs[~operand]
+            labels = {} if value is None else scm.labels.get(value.name or "", {})
+            units = along(labels, axis)
+            if units is None or not any(np.isin(u, dead).any() for axes, u in labels.items() if axis in axes):
                 continue
-            target = array_of(node.inputs[size.operand]).copy()
-            target[size.position] = int((~np.isin(units, dead)).sum())
-            owned(graph, node, size.operand, target)
-        for attribute, axis in found.counts:
-            units = scm.axes.get((output, axis))
-            if units is not None and np.isin(units, dead).any():
-                node.attributes.add(ir.AttrInt64(attribute, int((~np.isin(units, dead)).sum())))
+            if size.holder not in held:
+                held[size.holder] = _numbers(node, size.holder)
+            numbers, alive = held[size.holder], ~np.isin(units, dead)
+            if size.meaning == "width":
+                left = width(labels, axis, dead)
+                assert left is not None
+                numbers[size.position if size.position is not None else ...] = left // size.share
+            elif size.meaning == "bound":
+                first, _, _ = slice(int(numbers[size.position]), None).indices(len(units))
+                numbers[size.position] = int(alive[:first].sum())
+            else:
+                places = np.cumsum(alive) - 1
+                numbers = numbers % len(units)
+                held[size.holder] = places[numbers[alive[numbers]]]
+        for holder, numbers in held.items():
+            if isinstance(holder, int):
+                owned(graph, node, holder, numbers)
+            else:
+                stored = node.attributes[holder]
+                many = stored.type == ir.AttributeType.INTS
+                node.attributes.add(
+                    ir.AttrInt64s(holder, numbers.tolist()) if many else ir.AttrInt64(holder, int(numbers[0]))
+                )
+
+
+def _numbers(node: ir.Node, holder: int | str) -> np.ndarray:
+    """The integers that an operand or attribute holds."""
+    if isinstance(holder, int):
+        return array_of(node.inputs[holder]).copy()
+    value = node.attributes[holder].value
+    return np.array(value if isinstance(value, list | tuple) else [value], dtype=np.int64)

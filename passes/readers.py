@@ -57,25 +57,27 @@ def rewrite_reader(graph: ir.Graph, scm: Scm, reader: Reader, columns: np.ndarra
     columns
         [channels, places, rest], as of `Reader.columns`.
     response
-        [places, rest]: the weight on a channel of ones. To a reader that pads it is just that, and a Carry node provides the
-        channel; to others it is a bias.
+        [groups, places, rest]: the weight on a channel of ones, per group of the reader. To a reader that pads it is just
+        that, and a Carry node provides the channel; to others it is a bias.
     """
     linear = reader.signature.linear
     assert linear is not None
-    weight = np.empty((len(reader.index), *columns.shape[2:]))
-    weight[np.argsort(reader.index, kind="stable")] = columns.reshape(weight.shape)
+    rows = np.empty((len(reader.index), *columns.shape[2:]))
+    rows[np.argsort(reader.index, kind="stable")] = columns.reshape(rows.shape)
+    together = response.sum(axis=1)
     carried = reader.border and bool(response.any())
     if carried:
-        weight = np.concatenate([weight, response.sum(axis=0, keepdims=True)])
-    owned(graph, reader.node, linear.weight, np.moveaxis(weight, 0, reader.axis))
+        assert reader.groups == 1, "a reader in groups takes no carrier"
+        rows = np.concatenate([rows, together])
+    owned(graph, reader.node, linear.weight, reader.from_rows(rows))
     if carried:
         _carry(graph, scm, reader, linear)
     elif response.any():
         created, out_axis = created_axis(reader.signature)
-        rest = [a for a in range(weight.ndim) if a != reader.axis]
-        over = tuple(i for i, a in enumerate(rest) if a != created)
+        rest = [a for a in range(rows.ndim) if a != reader.axis]
+        over = tuple(i for i, a in enumerate(rest, start=1) if a != created)
         rank = len(scm.shapes[reader.node.outputs[0].name or ""])
-        add_bias(graph, reader.node, linear, response.sum(axis=0).sum(axis=over) * linear.gain, rank - 1 - out_axis)
+        add_bias(graph, reader.node, linear, together.sum(axis=over).ravel() * linear.gain, rank - 1 - out_axis)
 
 
 def _carry(graph: ir.Graph, scm: Scm, reader: Reader, linear: Linear) -> None:

@@ -82,7 +82,7 @@ class WriteReplacements(ir.passes.InPlacePass):
 
     def _write(self, graph: ir.Graph, scm: Scm, site: Site, planned: SitePlan) -> None:
         refitted = {window.reader: window for window in planned.windows}
-        pointwise = [reader for reader in site.readers if window_name(reader) not in refitted]
+        pointwise = [reader for reader in site.readers if window_name(reader) not in refitted] + [*site.pairings]
         for reader in site.readers:
             if window_name(reader) in refitted:
                 _refit(graph, scm, site, reader, planned, refitted[window_name(reader)])
@@ -90,17 +90,14 @@ class WriteReplacements(ir.passes.InPlacePass):
             return
         shape = ir.Shape(scm.shapes[site.tensor])
         entries = {reader.entry for reader in pointwise}
-        tensor = next(v for reader in site.readers for v in reader.entry.inputs if v is not None and v.name == site.tensor)
+        tensor = next(v for entry in site.entries for v in entry.inputs if v is not None and v.name == site.tensor)
         fixed = [
             add_parameter(graph, f"{site.tensor}.kept", planned.kept),
             add_parameter(graph, f"{site.tensor}.constants", planned.constants),
         ]
         if planned.affine is not None:
             fixed.append(add_parameter(graph, f"{site.tensor}.matrix", planned.affine))
-        # Exporters need not declare the type of a tensor; that of the weights which read it is the same.
-        weight = site.readers[0].weight.const_value
-        assert weight is not None
-        replaced = ir.Value(name=f"{site.tensor}.replaced", shape=shape, type=ir.TensorType(weight.dtype))
+        replaced = ir.Value(name=f"{site.tensor}.replaced", shape=shape, type=ir.TensorType(_dtype(site)))
         node = ir.node("Replace", [tensor, *fixed], {"axis": site.axis}, domain=DIALECT, outputs=[replaced])
         producer = tensor.producer()
         assert producer is not None
@@ -108,6 +105,14 @@ class WriteReplacements(ir.passes.InPlacePass):
             if use in entries:
                 use.replace_input_with(operand, replaced)
         graph.insert_after(producer, node)
+
+
+def _dtype(site: Site) -> ir.DataType:
+    """Element type of a site: exporters need not declare it, but that of the weights which meet it is the same."""
+    met = [r.weight for r in site.readers] + [s.node.inputs[s.operand] for p in site.pairings for s in p.slots]
+    (weight, *_) = (value.const_value for value in met if value is not None)
+    assert weight is not None
+    return weight.dtype
 
 
 def _refit(graph: ir.Graph, scm: Scm, site: Site, reader: Reader, planned: SitePlan, window: WindowPlan) -> None:
@@ -124,7 +129,7 @@ def _refit(graph: ir.Graph, scm: Scm, site: Site, reader: Reader, planned: SiteP
     else:  # [channels, places, outputs]
         columns[planned.kept] = window.columns
         response[0] = window.response[0]
-    rewrite_reader(graph, scm, reader, columns, response)
+    rewrite_reader(graph, scm, reader, columns, response[None])
 
 
 @dataclass(frozen=True)

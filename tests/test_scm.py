@@ -86,7 +86,7 @@ READ = {
             h = Mul(f, p)
             y = Gemm(h, w2)
         }""",
-        ["a: h[1] 128 > y ! 'h' holds a unit at several places"],
+        ["a: h[1] 128 > y"],
     ),
     "a transposed weight": (
         """(float[N,4] x) => (float[N,3] y) <float[8,4] w1, float[8] b1, float[3,8] w2> {

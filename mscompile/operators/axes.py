@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,20 +26,62 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Move:
-    """An axis whose channels keep their values and change their places: ``target[i] = source[index[i]]``."""
+    """An axis whose channels keep their values and change their places: ``target[at[i]] = source[index[i]]``.
+
+    Attributes
+    ----------
+    index
+        [n] channels of the source; or [k, n] where k of them make up one channel of the target and so live and die together.
+    at
+        [n] channels of the target; all of them, in order, if None.
+    """
 
     source: Port
     target: Port
     index: IntArray
+    at: IntArray | None = None
+
+
+@dataclass(frozen=True)
+class Pick:
+    """An axis of which one index stays and which then goes: ``target = source[index]``."""
+
+    source: Port
+    index: int
+
+
+@dataclass(frozen=True)
+class Regroup:
+    """Axes `source` of input 0, together, become axes `target` of the output, elements in the same order."""
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    source_sizes: tuple[int, ...]
+    target_sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Entry `position` of the integer operand `operand` holds the size of output axis `axis`."""
+    """A number that speaks of the channels at `port` and must follow when some of them go.
 
-    operand: int
-    position: int
-    axis: int
+    Attributes
+    ----------
+    holder
+        Operand or attribute that holds it.
+    position
+        Entry of the holder; None for an attribute that is one number, or for all entries.
+    port
+        Whose channels.
+    meaning
+        ``width``: how many there are, over `share`; ``bound``: how many stand before some place; ``channels``: all entries
+        are channel numbers.
+    """
+
+    holder: int | str
+    position: int | None
+    port: Port
+    meaning: Literal["width", "bound", "channels"] = "width"
+    share: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +90,8 @@ class Linear:
 
     ``Y = gain · (weight ∘ data) + bias_gain · bias``. `bias` is the operand that holds, or may hold, the bias vector over
     the created channels; None if the operator takes none. `border` is true where the response to a constant channel
-    depends on the position (zero padding, strided transposed convolution), so that a constant is no mere bias.
+    depends on the position (zero padding, strided transposed convolution), so that a constant is no mere bias. With `groups`
+    the weight [outputs, channels / groups, …] holds one block of rows per block of channels.
     """
 
     data: int
@@ -57,6 +100,7 @@ class Linear:
     border: bool = False
     gain: float = 1.0
     bias_gain: float = 1.0
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,32 +111,43 @@ class Signature:
     ----------
     links
         Tuples of ports whose channels are the same, index by index.
-    moves
+    moves, picks, regroups
         Axes whose channels are copied to other places.
     linear
         Set where the contraction of the node folds.
     steady
         A channel that is constant over samples and positions stays so; its value is found by running the operator.
     sizes
-        Operands that repeat an output size and must follow when it changes.
-    counts
-        Attributes that hold the number of channels of an output axis: (attribute, axis).
+        Numbers in operands and attributes that speak of channels.
+    even
+        (port, blocks): the channels there come in blocks that must stay equally large.
+    ties
+        (port, blocks): the channels of a block live and die together.
     moving
         The node only moves values (any reader behind it reads its input).
     additive
-        The output is the sum of the operands.
+        The output is the sum, with signs, of the operands.
+    scaled
+        Operands that the output is proportional to, element by element.
+    levels
+        Axis along which the output does not change when one number is added to all elements of input 0.
     mixes
         Why the axes in no link are a barrier, for the report.
     """
 
     links: tuple[tuple[Port, ...], ...] = ()
     moves: tuple[Move, ...] = ()
+    picks: tuple[Pick, ...] = ()
+    regroups: tuple[Regroup, ...] = ()
     linear: Linear | None = None
     steady: bool = True
     sizes: tuple[Size, ...] = ()
-    counts: tuple[tuple[str, int], ...] = ()
+    even: tuple[tuple[Port, int], ...] = ()
+    ties: tuple[tuple[Port, int], ...] = ()
     moving: bool = False
     additive: bool = False
+    scaled: tuple[int, ...] = ()
+    levels: int | None = None
     mixes: str = "mixes this axis"
 
 

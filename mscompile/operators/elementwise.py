@@ -31,9 +31,21 @@ def elementwise(node: NodeView) -> Signature | str:
 
 
 def addition(node: NodeView) -> Signature | str:
-    """Elementwise sum."""
+    """Elementwise sum or difference."""
     base = elementwise(node)
     return base if isinstance(base, str) else replace(base, additive=True)
+
+
+def product(node: NodeView) -> Signature | str:
+    """Elementwise product."""
+    base = elementwise(node)
+    return base if isinstance(base, str) else replace(base, scaled=tuple(range(len(node.node.inputs))))
+
+
+def quotient(node: NodeView) -> Signature | str:
+    """Elementwise quotient."""
+    base = elementwise(node)
+    return base if isinstance(base, str) else replace(base, scaled=(0,))
 
 
 def dropout(node: NodeView) -> Signature | str:
@@ -223,9 +235,9 @@ ROWS = (
     Operator("Dropout", dropout, reverse=dropout_reverse),
     *(Operator(name, addition, reverse=addition_reverse) for name in ("Add", "Sum")),
     Operator("Mean", elementwise, reverse=mean_reverse),
-    Operator("Sub", elementwise, reverse=gradients(lambda b: b.g, lambda b: -b.g)),
-    Operator("Mul", elementwise, reverse=gradients(lambda b: b.g * b.of(1), lambda b: b.g * b.x)),
-    Operator("Div", elementwise, reverse=gradients(lambda b: b.g / b.of(1), lambda b: -(b.g * b.y / b.of(1)))),
+    Operator("Sub", addition, reverse=gradients(lambda b: b.g, lambda b: -b.g)),
+    Operator("Mul", product, reverse=gradients(lambda b: b.g * b.of(1), lambda b: b.g * b.x)),
+    Operator("Div", quotient, reverse=gradients(lambda b: b.g / b.of(1), lambda b: -(b.g * b.y / b.of(1)))),
     Operator(
         "PRelu", elementwise, reverse=gradients(lambda b: b.g * bend(b.x, b.of(1)), lambda b: b.g * b.x.of("Min", 0.0))
     ),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.operators.axes import OUT, Barrier, Move, NodeView, Operator, Port, Shape, Signature, Size
+from mscompile.operators.axes import OUT, Move, NodeView, Operator, Port, Regroup, Shape, Signature, Size
 from mscompile.operators.backward import Backward
 
 
@@ -23,24 +23,24 @@ def transpose(node: NodeView) -> Signature | str:
 
 
 def regroup(node: NodeView) -> Signature | str:
-    """Flatten, Squeeze, Unsqueeze, Reshape: axes that stay are linked, axes merged into one are moved.
+    """Flatten, Squeeze, Unsqueeze, Reshape: axes that stay are linked, others are split or merged block by block.
 
-    Shapes are matched from the right, block by block: the smallest trailing blocks of equal static volume correspond.
+    Shapes are matched from the right: the smallest trailing blocks of equal static volume correspond.
     """
     source, target = node.shape(0), node.shape(OUT)
     if source is None or target is None:
         return "its shapes are not known"
     links: list[tuple[Port, ...]] = []
-    moves: list[Move] = []
+    blocks: list[Regroup] = []
     for ins, outs in _blocks(source, target):
         wide_in = [a for a in ins if source[a] != 1] or ins[-1:]
         wide_out = [a for a in outs if target[a] != 1] or outs[-1:]
         if len(wide_in) == len(wide_out) == 1:
             links.append(((0, wide_in[0]), (OUT, wide_out[0])))
-        elif len(wide_out) == 1:
-            places = np.indices([source[a] for a in wide_in], dtype=np.int64)  # type: ignore[arg-type, misc]
-            moves += [Move((0, a), (OUT, wide_out[0]), places[i].ravel()) for i, a in enumerate(wide_in)]
-    return Signature(tuple(links), tuple(moves), moving=True, mixes="reshapes this axis")
+        else:
+            sizes = tuple(source[a] for a in wide_in), tuple(target[a] for a in wide_out)
+            blocks.append(Regroup(tuple(wide_in), tuple(wide_out), *sizes))  # type: ignore[arg-type]
+    return Signature(tuple(links), regroups=tuple(blocks), moving=True, mixes="reshapes this axis")
 
 
 def squeeze(node: NodeView) -> Signature | str:
@@ -59,7 +59,60 @@ def reshape(node: NodeView) -> Signature | str:
     if isinstance(base, str):
         return base
     entries = target.ravel().astype(np.int64).tolist()
-    return replace(base, sizes=tuple(Size(1, axis, axis) for axis, entry in enumerate(entries) if entry > 0))
+    return replace(base, sizes=tuple(Size(1, axis, (OUT, axis)) for axis, entry in enumerate(entries) if entry > 0))
+
+
+def expand(node: NodeView) -> Signature | str:
+    """Repeats axes of size 1; the others pass."""
+    source, target, given = node.shape(0), node.shape(OUT), node.constant(1)
+    if source is None or target is None:
+        return "its shapes are not known"
+    links, sizes = [], []
+    for axis, dim in enumerate(source, start=len(target) - len(source)):
+        if dim is not None and dim == target[axis] and (dim != 1 or given is not None):
+            links.append(((0, axis - len(target) + len(source)), (OUT, axis)))
+            entry = None if given is None else axis - len(target) + given.size
+            if entry is not None and entry >= 0 and given.ravel()[entry] != 1:  # type: ignore[union-attr]
+                sizes.append(Size(1, entry, (OUT, axis)))
+            elif given is None and isinstance(dim, int):
+                return "computes the shape it expands to"
+    return Signature(tuple(links), sizes=tuple(sizes), mixes="repeats this axis")
+
+
+def tile(node: NodeView) -> Signature | str:
+    """Repeats axes whole; those that are not repeated pass."""
+    source, repeats = node.shape(0), node.constant(1)
+    if source is None or repeats is None or repeats.size != len(source):
+        return "its shape or its repeats are not known"
+    links: list[tuple[Port, ...]] = []
+    moves: list[Move] = []
+    for axis, (dim, count) in enumerate(zip(source, repeats.astype(np.int64).tolist(), strict=True)):
+        if count == 1:
+            links.append(((0, axis), (OUT, axis)))
+        elif isinstance(dim, int):
+            moves.append(Move((0, axis), (OUT, axis), np.tile(np.arange(dim, dtype=np.int64), count)))
+    return Signature(tuple(links), tuple(moves), mixes="repeats this axis")
+
+
+def depth_to_space(node: NodeView) -> Signature | str:
+    """block² channels become one channel of block² times as many positions, and so live and die together."""
+    shape, block = node.shape(0), int(node.attribute("blocksize", 1))
+    if shape is None or not isinstance(shape[1], int):
+        return "its channels are not known"
+    order = np.arange(shape[1], dtype=np.int64)
+    crd = node.attribute("mode", "DCR") == "CRD"
+    index = order.reshape(-1, block * block).T if crd else order.reshape(block * block, -1)
+    moves = (Move((0, 1), (OUT, 1), index),)
+    return Signature((((0, 0), (OUT, 0)),), moves, steady=False, mixes="moves positions along this axis")
+
+
+def space_to_depth(node: NodeView) -> Signature | str:
+    """Positions become channels: block² for each."""
+    shape, block = node.shape(0), int(node.attribute("blocksize", 1))
+    if shape is None or not isinstance(shape[1], int):
+        return "its channels are not known"
+    index = np.tile(np.arange(shape[1], dtype=np.int64), block * block)
+    return Signature((((0, 0), (OUT, 0)),), (Move((0, 1), (OUT, 1), index),), mixes="moves positions along this axis")
 
 
 def _blocks(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
@@ -140,8 +193,8 @@ ROWS = (
     Operator("Reshape", reshape, reverse=regroup_reverse),
     Operator("Squeeze", squeeze, reverse=regroup_reverse),
     *(Operator(name, regroup, reverse=regroup_reverse) for name in ("Flatten", "Unsqueeze")),
-    Operator("Expand", Barrier("repeats values"), reverse=expand_reverse),
-    Operator("Tile", Barrier("repeats values"), reverse=tile_reverse),
-    Operator("DepthToSpace", Barrier("moves channels to positions"), reverse=depth_to_space_reverse),
-    Operator("SpaceToDepth", Barrier("moves positions to channels"), reverse=space_to_depth_reverse),
+    Operator("Expand", expand, reverse=expand_reverse),
+    Operator("Tile", tile, reverse=tile_reverse),
+    Operator("DepthToSpace", depth_to_space, reverse=depth_to_space_reverse),
+    Operator("SpaceToDepth", space_to_depth, reverse=space_to_depth_reverse),
 )

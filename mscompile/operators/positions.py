@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.operators.axes import OUT, Barrier, NodeView, Operator, Signature
+from mscompile.operators.axes import OUT, Barrier, NodeView, Operator, Signature, Size
 from mscompile.operators.backward import Backward, NoRuleError, Reverse, Term, nothing
 from mscompile.operators.sliding import pads_to_size, slides
 
@@ -32,6 +32,20 @@ def instance_normalisation(node: NodeView) -> Signature | str:
         return "its input has no known rank"
     links = (((0, 0), (OUT, 0)), ((0, 1), (1, 0), (2, 0), (OUT, 1)))
     return Signature(links, mixes="normalises across this axis")
+
+
+def group_normalisation(node: NodeView) -> Signature | str:
+    """Normalises groups of channels of each sample over their positions: the channels of a group live and die together."""
+    shape, groups = node.shape(0), int(node.attribute("num_groups", 0))
+    if shape is None or len(shape) < 2 or not isinstance(shape[1], int) or groups < 1 or shape[1] % groups:
+        return "its channels are not known to fill its groups"
+    if node.opset < 21:
+        return "holds scales per group, before opset 21"
+    links = (((0, 0), (OUT, 0)), ((0, 1), (1, 0), (2, 0), (OUT, 1)))
+    sizes = (Size("num_groups", None, (OUT, 1), share=shape[1] // groups),)
+    return Signature(
+        links, sizes=sizes, ties=(((0, 1), groups),), steady=groups == shape[1], mixes="normalises across this axis"
+    )
 
 
 def pooling(node: NodeView) -> Signature | str:
@@ -84,7 +98,8 @@ def softmax(node: NodeView) -> Signature | str:
         return "its input has no known rank"
     over = normalised_axes(node, rank)
     links = tuple(((0, a), (OUT, a)) for a in range(rank) if a not in over)
-    return Signature(links, mixes="normalises across this axis")
+    level = over[0] if len(over) == 1 else None
+    return Signature(links, levels=level, mixes="normalises across this axis")
 
 
 def layer_normalisation(node: NodeView) -> Signature | str:
@@ -371,7 +386,7 @@ ROWS = (
     Operator("GlobalAveragePool", pooling, reverse=reduction_reverse(REDUCTIONS["ReduceMean"], pooled=True)),
     Operator("BatchNormalization", batch_normalisation, reverse=batch_normalisation_reverse),
     Operator("InstanceNormalization", instance_normalisation, reverse=only_data(group_normalisation_reverse)),
-    Operator("GroupNormalization", Barrier("normalises in groups"), reverse=only_data(group_normalisation_reverse)),
+    Operator("GroupNormalization", group_normalisation, reverse=only_data(group_normalisation_reverse)),
     Operator("LayerNormalization", layer_normalisation, reverse=only_data(layer_normalisation_reverse)),
     Operator("RMSNormalization", layer_normalisation, reverse=only_data(rms_normalisation_reverse)),
     Operator("LpNormalization", Barrier("normalises across an axis"), reverse=only_data(lp_normalisation_reverse)),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.operators.axes import OUT, Barrier, Dim, Linear, NodeView, Operator, Port, Signature, is_parameter
+from mscompile.operators.axes import OUT, Barrier, Dim, Linear, Move, NodeView, Operator, Port, Signature, Size, is_parameter
 from mscompile.operators.backward import Backward
 from mscompile.operators.sliding import Slide, pads_to_size, slides, transposed_slides
 
@@ -56,28 +56,53 @@ def matmul(node: NodeView) -> Signature | str:
 
 
 def conv(node: NodeView) -> Signature | str:
-    """Convolution of any rank; a depthwise one passes channels, an ordinary one contracts them."""
+    """Convolution of any rank. A depthwise one passes channels, one in groups contracts them block by block."""
     weight, group = node.shape(1), int(node.attribute("group", 1))
     if weight is None or not all(isinstance(d, int) for d in weight):
         return "its weight has no static shape"
     border = any(node.attribute("pads", ())) or node.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    created: tuple[Port, ...] = ((1, 0), (OUT, 1)) if node.value(2) is None else ((1, 0), (2, 0), (OUT, 1))
+    made: tuple[Port, ...] = ((1, 0), (OUT, 1)) if node.value(2) is None else ((1, 0), (2, 0), (OUT, 1))
     batch: tuple[Port, ...] = ((0, 0), (OUT, 0))
+    mixes = "convolves this axis"
     if group == 1:
-        return Signature((batch, ((0, 1), (1, 1)), created), linear=Linear(0, 1, 2, border), mixes="convolves this axis")
-    if node.shape(0) is not None and weight[0] == group == node.shape(0)[1]:  # type: ignore[index]
-        through = ((0, 1), *created)
-        return Signature((batch, through), steady=not border, counts=(("group", 1),), mixes="convolves this axis")
-    return f"is a convolution in {group} groups"
+        return Signature((batch, ((0, 1), (1, 1)), made), linear=Linear(0, 1, 2, border), mixes=mixes)
+    shape = node.shape(0)
+    filters, each = weight[:2]
+    if shape is None or shape[1] != group * each or filters % group:  # type: ignore[operator]
+        return f"is a convolution in {group} groups, which its channels are not known to fill"
+    if each == 1:
+        return _depthwise((batch, made), (0, 1), group, filters // group, steady=not border)  # type: ignore[operator]
+    if 1 in node.live:
+        return f"is a convolution in {group} groups with computed filters"
+    even = (((0, 1), group), ((OUT, 1), group))
+    linear = Linear(0, 1, 2, border, groups=group)
+    return Signature((batch, ((0, 1), (1, 1)), made), linear=linear, even=even, mixes=mixes)
+
+
+def _depthwise(
+    links: tuple[tuple[Port, ...], tuple[Port, ...]], data: Port, group: int, multiplier: int, *, steady: bool
+) -> Signature:
+    """Each channel has `multiplier` filters of its own."""
+    batch, made = links
+    sizes, mixes = (Size("group", None, data),), "convolves this axis"
+    if multiplier == 1:
+        return Signature((batch, (data, *made)), steady=steady, sizes=sizes, mixes=mixes)
+    index = np.repeat(np.arange(group, dtype=np.int64), multiplier)
+    return Signature((batch, made), moves=(Move(data, (OUT, 1), index),), steady=steady, sizes=sizes, mixes=mixes)
 
 
 def conv_transpose(node: NodeView) -> Signature | str:
     """Transposed convolution: the weight is stored [in, out, ...]. A constant is uneven even without padding."""
-    if int(node.attribute("group", 1)) != 1:
-        return "is a transposed convolution in groups"
-    created: tuple[Port, ...] = ((1, 1), (OUT, 1)) if node.value(2) is None else ((1, 1), (2, 0), (OUT, 1))
-    linear = Linear(0, 1, 2, border=True)
-    return Signature((((0, 0), (OUT, 0)), ((0, 1), (1, 0)), created), linear=linear, mixes="convolves this axis")
+    weight, group = node.shape(1), int(node.attribute("group", 1))
+    made: tuple[Port, ...] = ((1, 1), (OUT, 1)) if node.value(2) is None else ((1, 1), (2, 0), (OUT, 1))
+    batch: tuple[Port, ...] = ((0, 0), (OUT, 0))
+    if group == 1:
+        linear = Linear(0, 1, 2, border=True)
+        return Signature((batch, ((0, 1), (1, 0)), made), linear=linear, mixes="convolves this axis")
+    if weight is None or weight[0] != group or weight[1] != 1:
+        return "is a transposed convolution in groups of several channels"
+    through: tuple[Port, ...] = ((0, 1), (1, 0), *made[1:])
+    return Signature((batch, through), steady=False, sizes=(Size("group", None, (0, 1)),), mixes="convolves this axis")
 
 
 def _output_volume(node: NodeView) -> int:

@@ -7,8 +7,158 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.operators.axes import OUT, Barrier, Operator
+from mscompile.operators.axes import OUT, Barrier, Move, NodeView, Operator, Pick, Port, Signature, Size
 from mscompile.operators.backward import Backward, nothing
+
+# -- channels: joining and parting --
+
+
+def concat(node: NodeView) -> Signature | str:
+    """Puts operands side by side on one axis; on the others they run in step."""
+    shapes = [node.shape(i) for i in range(len(node.node.inputs))]
+    if any(shape is None for shape in shapes):
+        return "its operands have no known rank"
+    rank = len(shapes[0])  # type: ignore[arg-type]
+    along = node.attribute("axis", 1) % rank
+    links = tuple((*((i, a) for i in range(len(shapes))), (OUT, a)) for a in range(rank) if a != along)
+    sizes = [shape[along] for shape in shapes]  # type: ignore[index]
+    if not all(isinstance(size, int) for size in sizes):
+        return Signature(links, mixes="joins them with a tensor of unknown size")
+    ends = np.cumsum([0, *sizes]).tolist()
+    moves = tuple(
+        Move((i, along), (OUT, along), np.arange(size, dtype=np.int64), np.arange(ends[i], ends[i + 1], dtype=np.int64))  # type: ignore[arg-type]
+        for i, size in enumerate(sizes)
+    )
+    return Signature(links, moves)
+
+
+def split(node: NodeView) -> Signature | str:
+    """Parts an axis; the others pass to every part."""
+    shape, parts = node.shape(0), [node.shape(~i) for i in range(len(node.node.outputs))]
+    if shape is None:
+        return "its input has no known rank"
+    along = node.attribute("axis", 0) % len(shape)
+    outs = range(len(parts))
+    links = tuple(((0, a), *((~i, a) for i in outs)) for a in range(len(shape)) if a != along)
+    sizes = [part[along] if part is not None else None for part in parts]
+    explicit = node.value(1) is not None or node.attribute("split", None) is not None
+    if (
+        not explicit
+        or (node.value(1) is not None and node.constant(1) is None)
+        or not all(isinstance(n, int) for n in sizes)
+    ):
+        return Signature(links, mixes="parts them in a way that is not spelled out")
+    ends = np.cumsum([0, *sizes]).tolist()
+    holder: int | str = 1 if node.value(1) is not None else "split"
+    return Signature(
+        links,
+        tuple(Move((0, along), (~i, along), np.arange(ends[i], ends[i + 1], dtype=np.int64)) for i in outs),
+        sizes=tuple(Size(holder, i, (~i, along)) for i in outs),
+    )
+
+
+def slices(node: NodeView) -> Signature | str:
+    """Takes a part of some axes; the others pass."""
+    shape = node.shape(0)
+    if shape is None:
+        return "its input has no known rank"
+    rank = len(shape)
+    stated: Sequence[int] | None = node.attribute("starts", None)
+    if stated is not None:
+        starts, ends = list(stated), list(node.attribute("ends", ()))
+        axes, steps = list(node.attribute("axes", range(len(starts)))), [1] * len(starts)
+        holders: tuple[int | str, int | str] = ("starts", "ends")
+    else:
+        given = [node.constant(i) for i in range(1, 5)]
+        if node.value(3) is not None and given[2] is None:
+            return "computes its axes"
+        known = next((len(g) for g in given if g is not None), None)
+        if known is None:
+            return "computes what it takes"
+        axes = list(range(known)) if given[2] is None else given[2].tolist()
+        blank: list[int | None] = [None] * known
+        starts, ends = (blank if g is None else g.tolist() for g in given[:2])
+        steps = [1] * known if node.value(4) is None else blank if given[3] is None else given[3].tolist()
+        holders = (1, 2)
+    axes = [a % rank for a in axes]
+    links: list[tuple[Port, ...]] = [((0, a), (OUT, a)) for a in range(rank) if a not in axes]
+    moves, sizes = [], []
+    for place, axis in enumerate(axes):
+        dim, start, end, step = shape[axis], starts[place], ends[place], steps[place]
+        if start == 0 and step == 1 and end is not None and (end >= np.iinfo(np.int32).max or end == dim):
+            links.append(((0, axis), (OUT, axis)))
+            sizes += [Size(holders[1], place, (0, axis))] if end == dim else []
+        elif isinstance(dim, int) and step == 1 and start is not None and end is not None:
+            first, last, _ = slice(start, end).indices(dim)
+            moves.append(Move((0, axis), (OUT, axis), np.arange(first, max(first, last), dtype=np.int64)))
+            sizes += [Size(holders[0], place, (0, axis), "bound"), Size(holders[1], place, (0, axis), "bound")]
+    return Signature(tuple(links), tuple(moves), sizes=tuple(sizes), mixes="takes a part of them")
+
+
+def gather(node: NodeView) -> Signature | str:
+    """Takes entries of one axis, whose place the axes of the indices take; the others pass."""
+    shape, places = node.shape(0), node.shape(1)
+    if shape is None or places is None:
+        return "its operands have no known rank"
+    along, index = node.attribute("axis", 0) % len(shape), node.constant(1)
+    shift = len(places) - 1
+    links: list[tuple[Port, ...]] = [((0, a), (OUT, a if a < along else a + shift)) for a in range(len(shape)) if a != along]
+    links += [((1, a), (OUT, along + a)) for a in range(len(places)) if index is None]
+    dim = shape[along]
+    if index is None or not isinstance(dim, int) or len(places) > 1:
+        return Signature(tuple(links), mixes="takes some of them")
+    taken = index.astype(np.int64) % dim
+    if len(places) == 0:
+        return Signature(tuple(links), picks=(Pick((0, along), int(taken)),), mixes="takes one of them")
+    moves = (Move((0, along), (OUT, along), taken),)
+    return Signature(tuple(links), moves, sizes=(Size(1, None, (0, along), "channels"),))
+
+
+def pad(node: NodeView) -> Signature | str:
+    """Pads some axes; those that are not padded pass."""
+    rank = node.rank(0)
+    if rank is None:
+        return "its input has no known rank"
+    given, over = node.constant(1), node.constant(3)
+    pads: Sequence[int] | None = node.attribute("pads", None)
+    if pads is None:
+        if given is None or (node.value(3) is not None and over is None):
+            return "computes its padding"
+        pads = given.tolist()
+    axes = list(range(rank)) if over is None else [int(a) % rank for a in over.tolist()]
+    padded = {a for a, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True) if low or high}
+    links = tuple(((0, a), (OUT, a)) for a in range(rank) if a not in padded)
+    return Signature(links, steady=node.attribute("mode", "constant") != "constant" or not padded, mixes="pads this axis")
+
+
+def resize(node: NodeView) -> Signature | str:
+    """Resamples some axes; those that keep their size pass."""
+    source, target = node.shape(0), node.shape(OUT)
+    if source is None or target is None or len(source) != len(target):
+        return "its shapes are not known"
+    operand = 2 if node.opset >= 11 and node.node.op_type == "Resize" else 1
+    scales = node.constant(operand)
+    stated: Sequence[float] | None = node.attribute("scales", None)
+    if scales is None and stated is not None:
+        scales = np.array(stated)
+    axes = [a % len(source) for a in node.attribute("axes", range(len(source)))]
+    same = {a for a in range(len(source)) if a not in axes}
+    sizes = []
+    if scales is not None and scales.size:
+        same |= {a for a, scale in zip(axes, scales.tolist(), strict=True) if scale == 1}
+    else:
+        lengths = node.constant(3)
+        same |= {a for a in axes if source[a] is not None and source[a] == target[a]}
+        if lengths is not None:
+            sizes = [Size(3, place, (OUT, a)) for place, a in enumerate(axes) if a in same]
+        elif any(isinstance(source[a], int) for a in same & set(axes)):
+            same = {a for a in same if not isinstance(source[a], int)}
+    plain = node.attribute("mode", "nearest") in ("nearest", "linear") and (
+        node.attribute("coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize"
+    )
+    links = tuple(((0, a), (OUT, a)) for a in sorted(same))
+    return Signature(links, steady=plain, sizes=tuple(sizes), mixes="resamples this axis")
+
 
 # -- reverse: joining and parting --
 
@@ -229,10 +379,10 @@ _SHAPES = "Shape Size NonZero Range ConstantOfShape EyeLike OneHot"
 
 ROWS = (
     *(Operator(name, Barrier("speaks of shapes and places"), reverse=nothing) for name in _SHAPES.split()),
-    Operator("Concat", Barrier("joins them with others"), reverse=concat_reverse),
-    Operator("Split", Barrier("parts them"), reverse=split_reverse),
-    Operator("Slice", Barrier("takes a part"), reverse=slice_reverse),
-    Operator("Gather", Barrier("takes some of them"), reverse=gather_reverse),
+    Operator("Concat", concat, reverse=concat_reverse),
+    Operator("Split", split, reverse=split_reverse),
+    Operator("Slice", slices, reverse=slice_reverse),
+    Operator("Gather", gather, reverse=gather_reverse),
     Operator("GatherElements", Barrier("takes some of them"), reverse=gather_elements_reverse),
     Operator("GatherND", Barrier("takes some of them"), reverse=gather_nd_reverse),
     Operator("ScatterElements", Barrier("overwrites some of them"), reverse=scatter_reverse),
@@ -240,7 +390,7 @@ ROWS = (
     Operator("TopK", Barrier("chooses by size"), reverse=top_k_reverse),
     Operator("Trilu", Barrier("overwrites some of them"), reverse=trilu_reverse),
     Operator("CumSum", Barrier("sums along an axis"), reverse=cum_sum_reverse),
-    Operator("Pad", Barrier("pads them"), reverse=pad_reverse),
-    Operator("Resize", Barrier("resamples them"), reverse=resize_reverse),
-    Operator("Upsample", Barrier("resamples them"), reverse=resize_reverse),
+    Operator("Pad", pad, reverse=pad_reverse),
+    Operator("Resize", resize, reverse=resize_reverse),
+    Operator("Upsample", resize, reverse=resize_reverse),
 )

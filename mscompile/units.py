@@ -1,0 +1,115 @@
+"""Units: classes of channel indices that live and die together, kept by union-find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mscompile.operators import IntArray
+
+Axes = tuple[int, ...]
+"""Axes of a tensor that an array of units lies along: ``units[i, j]`` is the unit at index i of the first, j of the next.
+
+Along the last axis as many units may stay in one row as in any other, not the same ones; along the others whole rows go.
+"""
+Labels = Mapping[Axes, IntArray]
+
+
+@dataclass
+class UnionFind:
+    """Integers in classes; the least of a class stands for it."""
+
+    parent: list[int] = field(default_factory=list)
+
+    def fresh(self, count: int) -> IntArray:
+        """New integers, each in a class of its own."""
+        first = len(self.parent)
+        self.parent.extend(range(first, first + count))
+        return np.arange(first, first + count, dtype=np.int64)
+
+    def find(self, item: int) -> int:
+        """The integer that stands for a class."""
+        while self.parent[item] != item:
+            self.parent[item] = self.parent[self.parent[item]]
+            item = self.parent[item]
+        return item
+
+    def unite(self, a: IntArray, b: IntArray) -> None:
+        """Merge the classes of a and b, entry by entry."""
+        for i, j in {*zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)}:
+            low, high = sorted((self.find(i), self.find(j)))
+            self.parent[high] = low
+
+    def unite_along(self, units: IntArray, axis: int) -> IntArray:
+        """Merge all units along one axis of an array; gives the array without it."""
+        first = np.take(units, [0], axis=axis)
+        self.unite(np.broadcast_to(first, units.shape), units)
+        one: IntArray = first.squeeze(axis)
+        return one
+
+    def onto(self, units: IntArray, axis: int) -> IntArray:
+        """Merge along every axis but one; gives the units along that one."""
+        return self.unite_along(np.moveaxis(units, axis, 0).reshape(units.shape[axis], -1), 1)
+
+    def roots(self) -> IntArray:
+        """The integer that stands for each one's class."""
+        return np.array([self.find(item) for item in range(len(self.parent))], dtype=np.int64)
+
+
+def width(labels: Labels, axis: int, dead: IntArray) -> int | None:
+    """Channels left on an axis when `dead` units have gone; None where the axis carries no units."""
+    for axes, units in labels.items():
+        if axis in axes:
+            alive, place = ~np.isin(units, dead), axes.index(axis)
+            if place == len(axes) - 1:
+                return int(alive.sum(axis=-1).max())
+            return int(np.moveaxis(alive, place, 0).reshape(units.shape[place], -1).any(axis=1).sum())
+    return None
+
+
+def along(labels: Labels, axis: int) -> IntArray | None:
+    """Units along an axis, of the first row where there are several; None where it carries none."""
+    for axes, units in labels.items():
+        if axis in axes:
+            last = np.moveaxis(units, axes.index(axis), -1)
+            row: IntArray = last.reshape(-1, last.shape[-1])[0]
+            return row
+    return None
+
+
+def even(kept: IntArray, blocks: Sequence[IntArray], order: Sequence[int]) -> IntArray:
+    """The least set of units that holds `kept` and leaves as many in every row of each block.
+
+    Parameters
+    ----------
+    blocks
+        [rows, units in a row] each.
+    order
+        Units, those to be added last first.
+    """
+    chosen = set(kept.tolist())
+    rank = {unit: place for place, unit in enumerate(order)}
+    changed = True
+    while changed:
+        changed = False
+        for block in blocks:
+            rows = [list(dict.fromkeys(row)) for row in block.tolist()]
+            left = [sum(unit in chosen for unit in row) for row in rows]
+            most = max(*left, 1)
+            for row, count in zip(rows, left, strict=True):
+                away = sorted((u for u in row if u not in chosen), key=lambda u: -rank.get(u, -1))
+                add = away[: most - count]
+                changed |= bool(add)
+                chosen.update(add)
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def components(arrays: Iterable[IntArray], count: int) -> IntArray:
+    """Connected components of units that share an array, numbered by their first unit."""
+    sets = UnionFind(list(range(count)))
+    for units in arrays:
+        flat = units.ravel()
+        sets.unite(np.full_like(flat, flat[0]), flat)
+    return sets.roots()
