@@ -64,6 +64,9 @@ def slices(node: NodeView) -> Signature | str:
         return "its input has no known rank"
     rank = len(shape)
     stated: Sequence[int] | None = node.attribute("starts", None)
+    starts: Sequence[int | None]
+    ends: Sequence[int | None]
+    steps: Sequence[int | None]
     if stated is not None:
         starts, ends = list(stated), list(node.attribute("ends", ()))
         axes, steps = list(node.attribute("axes", range(len(starts)))), [1] * len(starts)
