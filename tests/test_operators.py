@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from mscompile.operators import DIALECT, OPERATORS, OUT, NodeView, Port, Signature, declared, signature
+from mscompile.operators import DIALECT, OPERATORS, OUT, Move, NodeView, Port, Signature, declared, signature
 from mscompile.operators.axes import Barrier
 from mscompile.scm import infer_shapes
 
@@ -132,17 +132,20 @@ def _model(example: Example, attributes: Mapping[str, Any], inputs: Sequence[Any
     names = ["" if o is None else f"i{i}" for i, o in enumerate(example.operands)]
     node = onnx.helper.make_node(example.op, names, [f"o{i}" for i in range(example.outputs)], **attributes)
     kind = attributes.get("to", onnx.TensorProto.FLOAT)
-    graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_tensor_value_info("o0", kind, None)], stored)
+    outs = [onnx.helper.make_tensor_value_info(name, kind, None) for name in node.output]
+    graph = onnx.helper.make_graph([node], "g", inputs, outs, stored)
     opset = onnx.helper.make_opsetid("", example.opset)
     return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
 
 
 @cache
 def _loaded(example: Example, attributes: tuple[tuple[str, Any], ...], runtime: type) -> Any:
-    """The node with every operand as a graph input of free size."""
+    """The node with every operand as a graph input of free size; onnxruntime asks how many sizes Resize is given."""
     inputs = [
         onnx.helper.make_tensor_value_info(
-            f"i{i}", onnx.helper.np_dtype_to_tensor_dtype(np.dtype(o.dtype)), [None] * len(o.shape)
+            f"i{i}",
+            onnx.helper.np_dtype_to_tensor_dtype(np.dtype(o.dtype)),
+            o.shape if example.op == "Resize" and o.given is not None else [None] * len(o.shape),
         )
         for i, o in enumerate(example.operands)
         if o is not None
@@ -159,7 +162,10 @@ def _loaded(example: Example, attributes: tuple[tuple[str, Any], ...], runtime: 
 
 REFERENCE_GAPS: Mapping[str, Callable[[Example], bool]] = {
     "BatchNormalization": lambda e: e.opset < 14,  # takes batch statistics
-    "ConvTranspose": lambda e: "output_shape" in dict(e.attributes),
+    # Adds the wrong bias in all groups but the first.
+    "ConvTranspose": lambda e: (
+        "output_shape" in dict(e.attributes) or ("group" in dict(e.attributes) and len(e.operands) > 2)
+    ),
     "GlobalMaxPool": lambda e: len(e.operands[0].shape) == 3,  # drops the position axis
     "LogSoftmax": lambda e: e.opset < 13,  # normalises over one axis, as from opset 13 on
     "Mean": lambda e: len(e.operands) == 2 and e.operands[0].shape != e.operands[1].shape,  # adds in place
@@ -168,15 +174,21 @@ REFERENCE_GAPS: Mapping[str, Callable[[Example], bool]] = {
 """Examples that the reference evaluator cannot run, or computes otherwise than the standard says."""
 
 
-def run(example: Example, arrays: Arrays, **changed: Any) -> Array:
-    """Output of the node in onnxruntime, after the reference evaluator has agreed with it."""
+def outputs(example: Example, arrays: Arrays, **changed: Any) -> list[Array]:
+    """Outputs of the node in onnxruntime, after the reference evaluator has agreed with it."""
     feed = {f"i{i}": a for i, a in enumerate(arrays) if a is not None}
     attributes = tuple((dict(example.attributes) | changed).items())
-    found = _loaded(example, attributes, ort.InferenceSession).run(None, feed)[0]
+    found: list[Array] = _loaded(example, attributes, ort.InferenceSession).run(None, feed)
     if not REFERENCE_GAPS.get(example.op, lambda _: False)(example):
-        wanted = _loaded(example, attributes, onnx.reference.ReferenceEvaluator).run(None, feed)[0]
-        np.testing.assert_allclose(found, wanted, **ROUNDING)
+        wanted = _loaded(example, attributes, onnx.reference.ReferenceEvaluator).run(None, feed)
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, **ROUNDING)
     return found
+
+
+def run(example: Example, arrays: Arrays, **changed: Any) -> Array:
+    """The first output."""
+    return outputs(example, arrays, **changed)[0]
 
 
 _PLAIN = """Relu LeakyRelu ThresholdedRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Mish Tanh Softplus Softsign
@@ -256,6 +268,11 @@ def _convolutions() -> Iterator[Example]:
     yield ex("Conv", *d, w(3), group=3, pads=[1, 1, 1, 1])
     yield ex("Conv", *d, group=3, auto_pad="SAME_UPPER")
     yield ex("Conv", *d, group=3, auto_pad="VALID", dilations=[2, 1])
+    yield ex("Conv", x(2, 3, 6, 6), w(6, 1, 3, 3), w(6), group=3)
+    yield ex("Conv", x(2, 3, 7), w(9, 1, 3), group=3, pads=[1, 1])
+    yield ex("Conv", x(2, 4, 6, 6), w(6, 2, 3, 3), w(6), group=2)
+    yield ex("Conv", x(2, 6, 6, 6), w(3, 2, 3, 3), group=3, pads=[1, 1, 1, 1])
+    yield ex("Conv", x(2, 6, 7), w(4, 3, 3), w(4), group=2, strides=[2])
     t, b = (x(2, 3, 4, 4), w(3, 5, 3, 3)), w(5)
     yield ex("ConvTranspose", *t, b)
     yield ex("ConvTranspose", *t, opset=11)
@@ -266,6 +283,8 @@ def _convolutions() -> Iterator[Example]:
     yield ex("ConvTranspose", x(2, 3, 5), w(3, 2, 3), strides=[2])
     yield ex("ConvTranspose", *t, b, auto_pad="SAME_UPPER", strides=[2, 2])
     yield ex("ConvTranspose", *t, strides=[2, 2], output_shape=[8, 8])
+    yield ex("ConvTranspose", x(2, 3, 4, 4), w(3, 1, 3, 3), w(3), group=3)
+    yield ex("ConvTranspose", x(2, 3, 4, 4), w(3, 1, 3, 3), group=3, strides=[2, 2])
 
 
 def _products() -> Iterator[Example]:
@@ -498,8 +517,17 @@ def inputs_of(link: Sequence[Port]) -> list[Port]:
     return [port for port in link if port[0] >= 0]
 
 
+def outputs_of(link: Sequence[Port]) -> list[Port]:
+    return [port for port in link if port[0] < 0]
+
+
 def output_axis(link: Sequence[Port]) -> int | None:
     return next((axis for operand, axis in link if operand == OUT), None)
+
+
+def places_of(move: Move, size: int) -> Array:
+    """Where the channels of a move go, on an axis of this size."""
+    return np.arange(size) if move.at is None else move.at
 
 
 def across(array: Array, axis: int) -> Array:
@@ -508,8 +536,8 @@ def across(array: Array, axis: int) -> Array:
     return moved.reshape(len(moved), -1)
 
 
-def put(array: Array, axis: int, channel: int, value: Any) -> Array:
-    """Copy with one channel set."""
+def put(array: Array, axis: int, channel: int | Array, value: Any) -> Array:
+    """Copy with one channel set, or several."""
     changed = array.copy()
     np.moveaxis(changed, axis, 0)[channel] = value
     return changed
@@ -518,67 +546,173 @@ def put(array: Array, axis: int, channel: int, value: Any) -> Array:
 @every_example
 def test_ports_are_axes_that_run_in_step(example: Example):
     arrays, found = example.draw(0), example.signature
-    shapes = {i: a.shape for i, a in enumerate(arrays) if a is not None} | {OUT: run(example, arrays).shape}
+    shapes = {i: a.shape for i, a in enumerate(arrays) if a is not None}
+    shapes |= {~i: out.shape for i, out in enumerate(outputs(example, arrays))}
     for link in found.links:
-        assert len({shapes[operand][axis] for operand, axis in link}) == 1
+        # The weight of a linear operator in groups holds the channels of one group.
+        share = found.linear.groups if found.linear and output_axis(link) is None else 1
+        assert len({shapes[o][a] * (share if found.linear and o == found.linear.weight else 1) for o, a in link}) == 1
+    taken: dict[Port, list[int]] = {}
     for move in found.moves:
-        if move.target[0] == OUT:
-            size = shapes[OUT][move.target[1]]
-            assert move.index.shape[-1] == (size if move.at is None else len(move.at))
-            assert move.at is None or move.at.max() < size
+        places = places_of(move, shapes[move.target[0]][move.target[1]])
+        assert move.index.shape[-1] == len(places)
         assert shapes[move.source[0]][move.source[1]] > move.index.max()
+        taken.setdefault(move.target, []).extend(places.tolist())
+    for (operand, axis), places in taken.items():
+        assert sorted(places) == list(range(shapes[operand][axis]))
     for regroup in found.regroups:
         assert tuple(shapes[0][a] for a in regroup.source) == regroup.source_sizes
         assert tuple(shapes[OUT][a] for a in regroup.target) == regroup.target_sizes
+    for (operand, axis), count in (*found.ties, *found.even):
+        assert shapes[operand][axis] % count == 0
     ports = [port for link in found.links for port in link]
     assert len(ports) == len(set(ports))
-    assert not set(ports) & {m.source for m in found.moves} | {p.source for p in found.picks}
+    assert not set(ports) & ({m.source for m in found.moves} | {p.source for p in found.picks})
+
+
+def tied(found: Signature, link: Sequence[Port], size: int) -> Array:
+    """[channels of a link]: the block of each, of those that live and die together."""
+    count = next((count for port, count in found.ties if port in link), size)
+    return np.arange(size) // (size // count)
 
 
 @every_example
 def test_a_channel_reaches_its_own_channel_only(example: Example):
+    """Or, where channels live and die together, those of its block."""
     arrays, others = example.draw(1), example.draw(2)
-    before = run(example, arrays)
+    before = outputs(example, arrays)
     for link in example.signature.links:
-        axis, ports = output_axis(link), inputs_of(link)
-        if axis is None or not ports or before.shape[axis] == 1:
+        ports, outs = inputs_of(link), outputs_of(link)
+        size = before[~outs[0][0]].shape[outs[0][1]] if outs else 1
+        if not ports or size == 1:
             continue
-        reached = []
-        for channel in range(before.shape[axis]):
+        block, reached = tied(example.signature, link, size), []
+        for channel in range(size):
             changed = list(arrays)
             for operand, a in ports:
                 changed[operand] = put(changed[operand], a, channel, np.take(others[operand], channel, axis=a))
-            differs = across(run(example, changed) != before, axis).any(axis=1)
-            assert not np.delete(differs, channel).any(), f"channel {channel} of {link}"
+            after = outputs(example, changed)
+            differs = np.any([across(after[~o] != before[~o], a).any(axis=1) for o, a in outs], axis=0)
+            assert not differs[block != block[channel]].any(), f"channel {channel} of {link}"
             reached.append(differs[channel])
         assert any(reached), f"{link} carries nothing"
 
 
-def selected(example: Example, arrays: Arrays, link: Sequence[Port], left: Array) -> tuple[Arrays, dict[str, Any]]:
-    """Operands and attributes with only the channels `left` of a link."""
-    changed, found = list(arrays), example.signature
-    for operand, a in inputs_of(link):
-        changed[operand] = np.take(changed[operand], left, axis=a)
-    attributes = {}
-    for size in found.sizes:
-        if size.port in link and isinstance(size.holder, int):
-            changed[size.holder] = put(changed[size.holder], 0, size.position, len(left))
-        elif size.port in link:
-            attributes[size.holder] = len(left)
-    return changed, attributes
+@examples(lambda s: s.moves or s.picks)
+def test_a_moved_channel_reaches_its_places_only(example: Example):
+    arrays, others, found = example.draw(1), example.draw(2), example.signature
+    before = outputs(example, arrays)
+    for operand, axis in {*(m.source for m in found.moves), *(p.source for p in found.picks)}:
+        for channel in range(arrays[operand].shape[axis]):
+            changed = list(arrays)
+            changed[operand] = put(changed[operand], axis, channel, np.take(others[operand], channel, axis=axis))
+            after = outputs(example, changed)
+            for move in found.moves:
+                if move.source == (operand, axis):
+                    out, along = move.target
+                    differs = across(after[~out] != before[~out], along).any(axis=1)
+                    places = places_of(move, len(differs))
+                    wanted = places[(np.atleast_2d(move.index) == channel).any(axis=0)]
+                    np.testing.assert_array_equal(np.flatnonzero(differs), np.sort(wanted))
+            for pick in found.picks:
+                if pick.source == (operand, axis):
+                    assert (after[0] != before[0]).any() == (channel == pick.index)
+
+
+Alive = dict[Port, Array]
+
+
+def selections(example: Example, arrays: Arrays, whole: Sequence[Array]) -> Iterator[Alive]:
+    """Ways to keep some channels: of a link, or of an axis whose channels move and whatever runs in step with them."""
+    found = example.signature
+
+    def some(block: Array) -> Iterator[Array]:
+        yield block != block.max()
+        yield block == block.max()
+
+    for link in found.links:
+        outs = outputs_of(link)
+        size = whole[~outs[0][0]].shape[outs[0][1]] if outs and inputs_of(link) else 1
+        if size > 1 and not any(move.target in link for move in found.moves):
+            block = tied(found, link, size)
+            for count in (count for port, count in found.even if port in link):  # as many go from every block
+                block = np.arange(size) % (size // count)
+            for stay in some(block):
+                yield dict.fromkeys(link, stay)
+    for operand, axis in dict.fromkeys(m.source for m in found.moves):
+        moves = [m for m in found.moves if m.source == (operand, axis)]
+        block = np.arange(arrays[operand].shape[axis])
+        for move in moves:
+            for together in move.index.T if move.index.ndim > 1 else ():
+                block[together] = block[together].min()
+        for stay in some(block) if block.max() > 0 else ():
+            alive = {(operand, axis): stay}
+            for move in moves:
+                out, along = move.target
+                size = whole[~out].shape[along]
+                there = np.ones(size, dtype=bool)
+                there[places_of(move, size)] = stay[np.atleast_2d(move.index)[0]]
+                alive |= dict.fromkeys(next((li for li in found.links if move.target in li), (move.target,)), there)
+            yield alive
+
+
+def cut(example: Example, arrays: Arrays, alive: Alive) -> tuple[Arrays, dict[str, Any]]:
+    """Operands and attributes with only the channels that are alive; sizes speak of those."""
+    changed, held = list(arrays), {}
+    for (operand, axis), stay in alive.items():
+        if operand >= 0:
+            changed[operand] = np.compress(stay, changed[operand], axis=axis)
+    for size in example.signature.sizes:
+        if size.port not in alive:
+            continue
+        stay, holder = alive[size.port], size.holder
+        given = arrays[holder] if isinstance(holder, int) else dict(example.attributes)[holder]
+        numbers = held.setdefault(holder, np.array(given))
+        if size.meaning == "width":
+            numbers[size.position if size.position is not None else ...] = stay.sum() // size.share
+        elif size.meaning == "bound":
+            numbers[size.position] = stay[: int(numbers[size.position])].sum()
+        else:
+            left = [c for c in (numbers % len(stay)).tolist() if stay[c]]
+            held[holder] = np.array([stay[:c].sum() for c in left], dtype=np.int64)
+    for holder, numbers in held.items():
+        if isinstance(holder, int):
+            changed[holder] = numbers
+    return changed, {h: _hashable(n) for h, n in held.items() if isinstance(h, str)}
+
+
+def _hashable(numbers: Array) -> Any:
+    return tuple(numbers.tolist()) if numbers.ndim else int(numbers)
 
 
 @every_example
 def test_selecting_channels_selects_them_in_the_output(example: Example):
     arrays = example.draw(3)
-    whole = run(example, arrays)
-    for link in example.signature.links:
-        axis = output_axis(link)
-        if axis is None or not inputs_of(link) or whole.shape[axis] == 1:
+    whole = outputs(example, arrays)
+    for alive in selections(example, arrays, whole):
+        changed, attributes = cut(example, arrays, alive)
+        if any(a is not None and not a.size for a in changed):
             continue
-        for left in (np.arange(whole.shape[axis] - 1), np.array([whole.shape[axis] - 1])):
-            changed, counts = selected(example, arrays, link, left)
-            np.testing.assert_allclose(run(example, changed, **counts), np.take(whole, left, axis=axis), **ROUNDING)
+        for i, found in enumerate(outputs(example, changed, **attributes)):
+            wanted = whole[i]
+            for (operand, axis), stay in alive.items():
+                wanted = np.compress(stay, wanted, axis=axis) if operand == ~i else wanted
+            np.testing.assert_allclose(found, wanted, **ROUNDING)
+
+
+@examples(lambda s: s.scaled)
+def test_an_output_is_proportional_to_what_scales_it(example: Example):
+    arrays = example.draw(4)
+    for operand in example.signature.scaled:
+        tripled = [np.array(3 * a, a.dtype) if i == operand and a is not None else a for i, a in enumerate(arrays)]
+        np.testing.assert_allclose(run(example, tripled), 3 * run(example, arrays), **ROUNDING)
+
+
+@examples(lambda s: s.levels is not None)
+def test_levels_do_not_matter(example: Example):
+    arrays, axis = example.draw(4), example.signature.levels
+    level = np.take(example.draw(5)[0], [0], axis=axis)
+    np.testing.assert_allclose(run(example, [arrays[0] + level, *arrays[1:]]), run(example, arrays), **ROUNDING)
 
 
 @examples(lambda s: s.moving)
@@ -603,15 +737,17 @@ def test_a_channel_with_zero_weights_is_not_read(example: Example):
     for link in example.signature.links:
         if output_axis(link) is not None:
             continue
-        for channel in range(arrays[link[0][0]].shape[link[0][1]]):
+        each = min(arrays[operand].shape[axis] for operand, axis in link)  # channels of a group, one of which goes from all
+        for channel in range(each):
             results = []
+            at = {operand: np.arange(channel, arrays[operand].shape[axis], each) for operand, axis in link}
             for operand, axis in link:
                 zeroed = list(arrays)
-                zeroed[operand] = put(zeroed[operand], axis, channel, 0.0)
+                zeroed[operand] = put(zeroed[operand], axis, at[operand], 0.0)
                 results.append(run(example, zeroed))
             gone = list(arrays)
             for operand, axis in link:
-                gone[operand] = np.delete(gone[operand], channel, axis=axis)
+                gone[operand] = np.delete(gone[operand], at[operand], axis=axis)
             if all(a is None or a.size for a in gone):
                 results.append(run(example, gone))
             for other in results[1:]:
@@ -653,8 +789,10 @@ def test_the_response_to_a_constant_channel_is_a_bias_unless_there_is_a_border(e
     for channel in range(data.shape[read[found.linear.data]]):
         arrays[found.linear.data] = put(np.zeros_like(data), read[found.linear.data], channel, 1.0)
         response = across(run(example, arrays), out_axis)
-        taps = np.moveaxis(weight, (weight_axis, read[found.linear.weight]), (0, 1))[:, channel]
-        wanted = found.linear.gain * taps.reshape(len(taps), -1).sum(axis=1, keepdims=True)
+        taps = np.moveaxis(weight, (weight_axis, read[found.linear.weight]), (0, 1))
+        group, column = divmod(channel, taps.shape[1])
+        own = np.arange(len(taps)) // (len(taps) // found.linear.groups) == group
+        wanted = found.linear.gain * own[:, None] * taps[:, column].reshape(len(taps), -1).sum(axis=1, keepdims=True)
         even = np.allclose(response, wanted, **ROUNDING)
         assert even != found.linear.border or (even and example in CAUTIOUS)
 
@@ -679,13 +817,16 @@ def test_a_bias_adds_to_the_created_channels(example: Example):
 
 @every_example
 def test_constants_stay_constant_unless_guarded(example: Example):
-    """Operands that vary along one link only give an output that varies along it only, unless the signature denies it."""
+    """Operands that vary along one axis only give an output that varies along it only, unless the signature denies it.
+
+    What is put side by side varies alike, as do channels that make up one channel of the output or live and die together.
+    """
     found = example.signature
     guarded = not found.steady or (found.linear is not None and found.linear.border)
+    beside = len({move.source for move in found.moves}) > len({move.target for move in found.moves})
     uneven = []
-    for link in found.links:
-        axis, ports = output_axis(link), dict(inputs_of(link))
-        if axis is None or not any(example.operands[operand].live for operand in ports):
+    for ports, outs, block in _flows(example):
+        if not any(example.operands[operand].live for operand in ports):
             continue
         rng, arrays = np.random.default_rng(12), []
         for i, operand in enumerate(example.operands):
@@ -694,21 +835,44 @@ def test_constants_stay_constant_unless_guarded(example: Example):
                 continue
             # Multiples of 1/8 are added and averaged without rounding.
             count = operand.shape[ports[i]] if i in ports else 1
-            levels = rng.integers(max(1, 8 * operand.low), 8 * operand.high + 1, count) / 8
+            drawn = (np.random.default_rng(12) if beside else rng).integers(
+                max(1, 8 * operand.low), 8 * operand.high + 1, count
+            )
+            levels = drawn[block] / 8 if i in ports else drawn / 8
             shape = [-1 if a == ports.get(i) else 1 for a in range(len(operand.shape))]
             arrays.append(np.array(np.broadcast_to(levels.reshape(shape), operand.shape), dtype=operand.dtype))
-        out = across(run(example, arrays).astype(np.float64), axis)
-        uneven.append(not np.allclose(out, out[:, :1], **ROUNDING))
+        results = outputs(example, arrays)
+        for operand, axis in outs:
+            out = across(results[~operand].astype(np.float64), axis)
+            uneven.append(not np.allclose(out, out[:, :1], **ROUNDING))
     assert any(uneven) == guarded or (guarded and example in CAUTIOUS)
 
 
+def _flows(example: Example) -> Iterator[tuple[dict[int, int], list[Port], Array]]:
+    """Axes that channels take through a node: by operand, of outputs, and the block of channels each one belongs to."""
+    found, arrays = example.signature, example.draw(0)
+    for link in found.links:
+        ports = dict(inputs_of(link))
+        if ports and outputs_of(link):
+            (size,) = {arrays[operand].shape[axis] for operand, axis in ports.items()}
+            yield ports, outputs_of(link), tied(found, link, size)
+    for operand, axis in dict.fromkeys(m.source for m in found.moves):
+        moves = [m for m in found.moves if m.source == (operand, axis)]
+        block = np.arange(arrays[operand].shape[axis])
+        for move in moves:
+            for together in move.index.T if move.index.ndim > 1 else ():
+                block[together] = block[together].min()
+        if len({m.target for m in found.moves}) == len({m.source for m in found.moves}):
+            yield {operand: axis}, [m.target for m in moves], block
+
+
 @every_example
-def test_axes_in_no_link_mix_their_channels(example: Example):
-    """Barriers are real: two channels of such an axis, or of a contracted one, reach one output element."""
+def test_axes_that_nothing_is_said_of_are_barriers(example: Example):
+    """Two channels of such an axis, or a contracted one, meet in one element; or no output has an axis in step with it."""
     found, arrays = example.signature, example.draw(13)
     passing = {p for link in found.links if output_axis(link) is not None for p in link} | {m.source for m in found.moves}
-    passing |= {(0, axis) for regroup in found.regroups for axis in regroup.source}
-    before = run(example, arrays)
+    passing |= {(0, axis) for regroup in found.regroups for axis in regroup.source} | {p.source for p in found.picks}
+    before = outputs(example, arrays)
     for i, operand in enumerate(example.operands):
         if operand is None or not operand.live or found.moving:
             continue
@@ -718,10 +882,20 @@ def test_axes_in_no_link_mix_their_channels(example: Example):
             reach = []
             for channel in range(size):
                 changed = [put(arrays[i], axis, channel, np.array(v, operand.dtype)) for v in (LOUD, 1 / LOUD, -LOUD)]
-                outs = [run(example, [c if k == i else a for k, a in enumerate(arrays)]) for c in changed]
-                reach.append(np.any([out != before for out in outs], axis=0))
-            mixed = any((one & other).any() for one, other in combinations(reach, 2))
-            assert mixed or (example in CAUTIOUS and axis > 1), f"operand {i}, axis {axis}"
+                outs = [outputs(example, [c if k == i else a for k, a in enumerate(arrays)]) for c in changed]
+                reach.append([np.any([out[o] != before[o] for out in outs], axis=0) for o in range(len(before))])
+            mixed = any((one[o] & other[o]).any() for one, other in combinations(reach, 2) for o in range(len(before)))
+            apart = not any(_in_step([r[o] for r in reach]) for o in range(len(before)))
+            assert mixed or apart or (example in CAUTIOUS and axis > 1), f"operand {i}, axis {axis}"
+
+
+def _in_step(reach: Sequence[Array]) -> bool:
+    """Whether each channel reaches the channel of its number, and no other, on some axis of an output."""
+    own = np.eye(len(reach), dtype=bool)
+    return any(
+        size == len(reach) and np.array_equal([across(r, axis).any(axis=1) for r in reach], own)
+        for axis, size in enumerate(reach[0].shape)
+    )
 
 
 def _sized(example: Example) -> bool:

@@ -116,7 +116,8 @@ class Signature:
     linear
         Set where the contraction of the node folds.
     steady
-        A channel that is constant over samples and positions stays so; its value is found by running the operator.
+        Channels that are constant over samples and positions stay so, where those side by side are equal, as are those of a
+        block that lives and dies together; their values are found by running the operator.
     sizes
         Numbers in operands and attributes that speak of channels.
     even

@@ -103,7 +103,7 @@ def depth_to_space(node: NodeView) -> Signature | str:
     crd = node.attribute("mode", "DCR") == "CRD"
     index = order.reshape(-1, block * block).T if crd else order.reshape(block * block, -1)
     moves = (Move((0, 1), (OUT, 1), index),)
-    return Signature((((0, 0), (OUT, 0)),), moves, steady=False, mixes="moves positions along this axis")
+    return Signature((((0, 0), (OUT, 0)),), moves, mixes="moves positions along this axis")
 
 
 def space_to_depth(node: NodeView) -> Signature | str:

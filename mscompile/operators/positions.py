@@ -43,9 +43,7 @@ def group_normalisation(node: NodeView) -> Signature | str:
         return "holds scales per group, before opset 21"
     links = (((0, 0), (OUT, 0)), ((0, 1), (1, 0), (2, 0), (OUT, 1)))
     sizes = (Size("num_groups", None, (OUT, 1), share=shape[1] // groups),)
-    return Signature(
-        links, sizes=sizes, ties=(((0, 1), groups),), steady=groups == shape[1], mixes="normalises across this axis"
-    )
+    return Signature(links, sizes=sizes, ties=(((0, 1), groups),), mixes="normalises across this axis")
 
 
 def pooling(node: NodeView) -> Signature | str:
