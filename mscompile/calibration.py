@@ -79,6 +79,8 @@ def _side_by_side(a: Statistics, b: Statistics) -> Statistics:
         a.samples,
         a.data_sha256,
         a.onnxruntime,
+        a.metric,
+        a.outputs,
     )
 
 
@@ -119,8 +121,17 @@ def _pass(
         if number % HELD_BATCHES == 0 or number == batches:
             collect(totals, held)
             state, held = instrument.tally.empty(), 0
-    seen = (samples.sha256,)
-    return Statistics(moments, curvature, instrument.refused, windows, len(samples), seen, ort.__version__)
+    return Statistics(
+        moments,
+        curvature,
+        instrument.refused,
+        windows,
+        len(samples),
+        (samples.sha256,),
+        ort.__version__,
+        measure.curvature,
+        dict(outputs),
+    )
 
 
 def _moments(site: Site, found: Mapping[str, Array], centre: Array) -> Moments:

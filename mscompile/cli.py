@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mscompile.errors import MscompileError, ResourceError, UsageError
-from mscompile.stage_commands import apply_command, calibrate_command, parse_keep, plan_command
+from mscompile.stage_commands import OUTPUTS, apply_command, calibrate_command, parse_keep, parse_outputs, plan_command
 from mscompile.terminal import End, answer, ascii_json, bars, error_text, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ for _command in (calibrate_command, plan_command, apply_command):
 
 @cli.command("compile")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write. [default: MODEL.ms.onnx]")
+@click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="File to write. [default: MODEL.ms.onnx]")
 @click.option(
     "--calib",
     metavar="SRC",
@@ -95,6 +95,7 @@ for _command in (calibrate_command, plan_command, apply_command):
 )
 @click.option("--selection", default="joint", show_default=True, help="Choose units by joint elimination, or additive.")
 @click.option("--probes", type=click.IntRange(min=1), default=4, show_default=True, help="Random seeds of the curvature.")
+@OUTPUTS
 @click.option(
     "--replacement", default="affine", show_default=True, help="affine, affine-pointwise, affine-parents or constant."
 )
@@ -122,6 +123,7 @@ def compile_command(
     calib: str | None,
     fidelity: float | None,
     keep: tuple[str, ...],
+    outputs: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -139,7 +141,7 @@ def compile_command(
         )
     if fidelity is not None:
         chosen["fidelity"] = fidelity
-    options = Options(keep=parse_keep(keep), **chosen)
+    options = Options(keep=parse_keep(keep), outputs=parse_outputs(outputs), **chosen)
     silent = quiet or as_json
     with bars(silent=silent) as progress:
         result = compile_model(

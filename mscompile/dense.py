@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from mscompile import data as data_module
 from mscompile.data import InputSpec, Samples, Source
-from mscompile.errors import ResourceError, UnsupportedError
+from mscompile.errors import ResourceError, UnsupportedError, UsageError
 from mscompile.files import LARGEST, external_tensors, from_proto, load_model, weight_bytes
 from mscompile.inspection import inspect_scm
 from mscompile.operators.backward import FLOATS
@@ -21,6 +21,7 @@ from mscompile.options import Options
 from mscompile.passes import CANONICALISE
 from mscompile.plan import selectable
 from mscompile.scm import Scm, Site, read_scm, size_of
+from mscompile.scores import OBJECTIVES
 
 Model = str | Path | onnx.ModelProto | ir.Model
 
@@ -69,6 +70,40 @@ class DenseModel:
         """Name of the output that is compared: the first of floating point."""
         found = (v for v in self.model.graph.outputs if v.dtype in FLOATS)
         return next(found, self.model.graph.outputs[0]).name or ""
+
+    def weighted_outputs(self, options: Options) -> dict[str, float]:
+        """Weight by name of the outputs whose change is scored.
+
+        Those that `Options.outputs` names; by default every output of floating point that has one result per sample,
+        weighted alike, but only the first of them for objectives that take it for class scores.
+
+        Raises
+        ------
+        UsageError
+            An output is named that cannot be scored, or several with labels.
+        """
+        shapes = {v.name or "": self.scm.shapes.get(v.name or "") for v in self.model.graph.outputs if v.dtype in FLOATS}
+        free = self.batch is None
+        known = [name for name, shape in shapes.items() if shape and not (free and isinstance(shape[0], int))]
+        objective = OBJECTIVES[options.objective]
+        if options.outputs is None:
+            return dict.fromkeys(known[:1] if objective.curvature == "fisher" else known, 1.0)
+        for name in options.outputs:
+            if name not in known:
+                raise UsageError(
+                    "this output cannot be scored",
+                    where=f"--output {name}",
+                    why=f"outputs of floating point with a result per sample: {', '.join(known) or 'none'}",
+                    hint="name one of those; the file to write is given by -o",
+                )
+        if objective.gradient and len(options.outputs) > 1:
+            raise UsageError(
+                "labels are of one output",
+                where=" ".join(f"--output {name}" for name in options.outputs),
+                why=f"--objective {options.objective} compares class scores with labels",
+                hint="name the output of the class scores alone",
+            )
+        return dict(options.outputs)
 
     @property
     def ranks(self) -> dict[str, int]:

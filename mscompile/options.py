@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Options:
         by score. See `joint` for what is in force.
     probes
         Random seeds per sample of the reverse pass.
+    outputs
+        Weight by name of the outputs whose change is scored; None for all of floating point, see
+        `DenseModel.weighted_outputs`.
     law, swap
         Interchange law, see `Fidelity`, and its swap probability.
     delta
@@ -61,6 +65,7 @@ class Options:
     objective: Literal["logit-mse", "kl", "cross-entropy", "cwvar", "variance", "magnitude", "random"] = "logit-mse"
     selection: Literal["joint", "additive"] = "joint"
     probes: int = 4
+    outputs: Mapping[str, float] | None = None
     replacement: Literal["affine", "affine-pointwise", "affine-parents", "constant"] = "affine"
     law: Law = "one-site"
     swap: float = 0.1
@@ -81,6 +86,11 @@ class Options:
             ("delta", 0.0 < self.delta < 1.0, "lies between 0 and 1"),
             ("selection", self.selection in ("joint", "additive"), "is joint or additive"),
             ("probes", self.probes >= 1, "is at least 1"),
+            (
+                "outputs",
+                self.outputs is None or (bool(self.outputs) and all(0.0 < w < math.inf for w in self.outputs.values())),
+                "gives outputs positive weights",
+            ),
             ("batch_size", self.batch_size >= 1, "is at least 1"),
             ("seed", self.seed >= 0, "is not negative"),
             ("objective", self.objective in OBJECTIVES, f"is one of {', '.join(OBJECTIVES)}"),

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import scipy.stats
 
 from mscompile.data import Samples
 from mscompile.metrics import kl_divergence
 from mscompile.plan import Plan
-from mscompile.runtime import Progress, Session, no_progress
+from mscompile.runtime import Arrays, Progress, Session, no_progress
 from mscompile.scm import Site
 from mscompile.scores import DIVERGENCE, SQUARED_OUTPUTS, Scores
 from mscompile.surgery import Patch, feed, float_type, patched, replaced
 from mscompile.verify import replacement_of
 
-Array = npt.NDArray[np.float64]
+UNEQUAL = 10.0
+"""Ratio of variances of outputs from which the larger decides alone what is kept."""
 
 
-def measured_risk(basis: str, dense: npt.NDArray[np.generic], intervened: npt.NDArray[np.generic]) -> float:
-    """What a score of that basis predicts, measured: half the squared distance of the outputs, or their KL divergence."""
-    y, z = dense.astype(np.float64), intervened.astype(np.float64)
-    if basis == DIVERGENCE:
-        return kl_divergence(y, z) * float(np.prod(y.shape[1:-1]))
-    return 0.5 * float(np.square(y - z).reshape(len(y), -1).sum(axis=1).mean())
+def imbalance(model: ir.Model, outputs: Mapping[str, float], batch: Arrays) -> tuple[str, ...]:
+    """What the user should know of outputs that are scored together on scales far apart."""
+    if len(outputs) < 2:
+        return ()
+    found = Session(model).run(batch, list(outputs))
+    spreads = {name: weight * float(found[name].astype(np.float64).var(axis=0).sum()) for name, weight in outputs.items()}
+    least, most = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
+    if spreads[most] <= UNEQUAL * spreads[least] or spreads[least] == 0:
+        return ()
+    ratio = spreads[most] / spreads[least]
+    remedy = " ".join(f"--output {name}={w * spreads[most] / (spreads[name] or np.inf):.3g}" for name, w in outputs.items())
+    return (f"output {most!r} varies {ratio:.3g} times as much as {least!r} and decides what is kept; to balance: {remedy}",)
+
+
+def measured_risk(basis: str, dense: Arrays, intervened: Arrays, outputs: Mapping[str, float]) -> float:
+    """What a score of that basis predicts, measured, summed over samples: half the squared distance of outputs, or their KL.
+
+    Parameters
+    ----------
+    outputs
+        Weight by name of output.
+    """
+    total = 0.0
+    for output, weight in outputs.items():
+        y, z = dense[output].astype(np.float64), intervened[output].astype(np.float64)
+        if basis == DIVERGENCE:
+            total += weight * kl_divergence(y, z) * float(np.prod(y.shape[:-1]))
+        else:
+            total += weight * 0.5 * float(np.square(y - z).sum())
+    return total
 
 
 def predictable(basis: str) -> bool:
@@ -37,7 +60,12 @@ def predictable(basis: str) -> bool:
 
 
 def site_risks(
-    model: ir.Model, plan: Plan, ranks: Mapping[str, int], output: str, samples: Samples, batch_size: int
+    model: ir.Model,
+    plan: Plan,
+    ranks: Mapping[str, int],
+    outputs: Mapping[str, float],
+    samples: Samples,
+    batch_size: int,
 ) -> dict[str, float]:
     """Measured risk of each planned site replaced alone, where its prediction is of a measurable risk.
 
@@ -47,12 +75,12 @@ def site_risks(
     if not planned:
         return {}
     proto = ir.to_proto(model)
-    dense = Session(proto).run_all(samples.batches(batch_size), [output])[output]
+    dense = Session(proto).run_all(samples.batches(batch_size), list(outputs))
     risks = {}
     for site in planned:
         do = replacement_of(site, Patch(site.tensor, ranks[site.tensor], site.axis))
-        found = Session(replaced(proto, [do])).run_all(samples.batches(batch_size), [output])[output]
-        risks[site.tensor] = measured_risk(site.basis, dense, found)
+        found = Session(replaced(proto, [do])).run_all(samples.batches(batch_size), list(outputs))
+        risks[site.tensor] = measured_risk(site.basis, dense, found, outputs) / len(samples)
     return risks
 
 
@@ -100,7 +128,7 @@ def check_units(
     sites: Sequence[Site],
     ranks: Mapping[str, int],
     scores: Scores,
-    output: str,
+    outputs: Mapping[str, float],
     samples: Samples,
     *,
     count: int | None,
@@ -112,41 +140,29 @@ def check_units(
 
     Parameters
     ----------
+    outputs
+        Weight by name of the outputs whose change is measured.
     count
         Units drawn per site; all if None.
     """
-    proto = ir.to_proto(model)
-    dense = Session(proto).run_all(samples.batches(batch_size), [output])[output]
-    rng = np.random.default_rng(seed)
-    checks = []
+    proto, rng = ir.to_proto(model), np.random.default_rng(seed)
+    dense, checks = Session(proto), []
     for site in progress(sites, "check predictions", len(sites)):
         chosen = np.arange(site.size) if count is None or count >= site.size else rng.choice(site.size, count, replace=False)
-        risks = _measure(proto, site, ranks[site.tensor], scores, np.sort(chosen), dense, output, samples, batch_size)
-        units = tuple(
-            UnitCheck(int(c), float(scores.risk[site.tensor][c]), r) for c, r in zip(np.sort(chosen), risks, strict=True)
-        )
-        checks.append(SiteCheck(site.tensor, scores.basis[site.tensor], units))
+        units, basis = np.sort(chosen), scores.basis[site.tensor]
+        patch = Patch(site.tensor, ranks[site.tensor], site.axis)
+        intervened = Session(patched(proto, [patch]))
+        shape = [site.size if axis == site.axis else 1 for axis in range(patch.rank)]
+        constants = scores.constants[site.tensor].reshape(shape).astype(float_type(proto))
+        risks = np.zeros(len(units))
+        for batch in samples.batches(batch_size):  # every unit on a batch before the next one: its outputs alone are held
+            expected = dense.run(batch, list(outputs))
+            for i, unit in enumerate(units):
+                mask = np.zeros((1, site.size), dtype=np.bool_)
+                mask[0, unit] = True
+                found = intervened.run({**batch, **feed(patch, mask, constants)}, list(outputs))
+                risks[i] += measured_risk(basis, expected, found, outputs)
+        predicted = scores.risk[site.tensor][units]
+        rows = zip(units.tolist(), predicted.tolist(), (risks / len(samples)).tolist(), strict=True)
+        checks.append(SiteCheck(site.tensor, basis, tuple(UnitCheck(*row) for row in rows)))
     return checks
-
-
-def _measure(
-    proto: onnx.ModelProto,
-    site: Site,
-    rank: int,
-    scores: Scores,
-    channels: npt.NDArray[np.int64],
-    dense: npt.NDArray[np.generic],
-    output: str,
-    samples: Samples,
-    batch_size: int,
-) -> Iterator[float]:
-    patch = Patch(site.tensor, rank, site.axis)
-    session = Session(patched(proto, [patch]))
-    shape = [site.size if axis == site.axis else 1 for axis in range(rank)]
-    constants = scores.constants[site.tensor].reshape(shape).astype(float_type(proto))
-    for channel in channels:
-        mask = np.zeros((1, site.size), dtype=np.bool_)
-        mask[0, channel] = True
-        intervention = feed(patch, mask, constants)
-        found = session.run_all(({**batch, **intervention} for batch in samples.batches(batch_size)), [output])[output]
-        yield measured_risk(scores.basis[site.tensor], dense, found)

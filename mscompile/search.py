@@ -22,7 +22,7 @@ from mscompile.metrics import METRICS
 from mscompile.operators import IntArray
 from mscompile.options import Options
 from mscompile.plan import Keep, Plan, make_plan, resolve_keep
-from mscompile.prediction import site_risks
+from mscompile.prediction import imbalance, site_risks
 from mscompile.replacements import CONSTANT, WINDOWED
 from mscompile.report import (
     CandidateReport,
@@ -148,6 +148,8 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
         )
         source, warnings = _finite(source, statistics)
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
+        batch = next(parts["calibrate"].batches(options.batch_size))
+        warnings += imbalance(source.model, source.weighted_outputs(options), batch)
     _enough(source, statistics, options)
     with clock.time("plan"):
         orders = order_units(source, statistics, scores, options)
@@ -213,14 +215,14 @@ def _is_finite(site: Site, statistics: Statistics) -> bool:
 
 def what_to_measure(source: DenseModel, options: Options) -> Measure:
     """What the objective and the replacement need to know."""
-    objective = OBJECTIVES[options.objective]
+    objective, outputs = OBJECTIVES[options.objective], source.weighted_outputs(options)
     return Measure(
         covariance=options.replacement != CONSTANT,
         shared=options.swap > 0 and options.replacement not in (CONSTANT, "affine-parents"),
         windows=options.replacement == WINDOWED,
         extremes=True,
-        outputs={source.output: 1.0},
-        curvature=objective.curvature,
+        outputs=outputs,
+        curvature=objective.curvature if outputs else "none",
         gradient=objective.gradient,
         probes=options.probes,
         seed=options.seed,
@@ -371,7 +373,8 @@ class Search:
             error = fold_error(interchange.pair, candidate.plan, proof, options.batch_size)
         with self.clock.time("check"):
             source = self.source
-            risks = site_risks(source.model, candidate.plan, source.ranks, source.output, proof, options.batch_size)
+            outputs = source.weighted_outputs(options)
+            risks = site_risks(source.model, candidate.plan, source.ranks, outputs, proof, options.batch_size)
         main = self._measure(candidate, "certify", options.delta)
         stress = [
             self._measure(candidate, "certify", options.delta, law, swap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +16,13 @@ from mscompile.terminal import answer, bars, plain, say, table, width_of
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 FORCE = click.option("--force", is_flag=True, help="Overwrite existing outputs.")
+OUTPUTS = click.option(
+    "--output",
+    "outputs",
+    multiple=True,
+    metavar="NAME[=W]",
+    help="Score the change of this output, W times. Repeatable. [default: all of floating point]",
+)
 SCORING: tuple[Callable[[Any], Any], ...] = (
     click.option("--objective", default="logit-mse", show_default=True, help="See `mscompile compile --help`."),
     click.option("--replacement", default="affine", show_default=True, help="See `mscompile compile --help`."),
@@ -72,10 +80,28 @@ def _number(text: str, entry: str, *, whole: bool) -> float | int:
         ) from None
 
 
+def parse_outputs(entries: tuple[str, ...]) -> Mapping[str, float] | None:
+    """``NAME`` or ``NAME=WEIGHT``, each once."""
+    found: dict[str, float] = {}
+    for entry in entries:
+        name, weight = entry, 1.0
+        head, equals, tail = entry.rpartition("=")
+        if equals:
+            with contextlib.suppress(ValueError):
+                name, weight = head, float(tail)
+        if name in found:
+            raise UsageError(
+                "an output is named twice", where=f"--output {entry}", why="one weight each", hint="leave one out"
+            )
+        found[name] = weight
+    return found or None
+
+
 @click.command("calibrate")
 @MODEL
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: MODEL.statistics.safetensors]")
+@click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.statistics.safetensors]")
 @click.option("--probes", type=click.IntRange(min=1), default=4, show_default=True, help="Random seeds of the curvature.")
+@OUTPUTS
 @click.option(
     "--check", type=click.IntRange(min=0), default=0, metavar="N", help="Measure the risk of N units per site to compare."
 )
@@ -83,7 +109,14 @@ def _number(text: str, entry: str, *, whole: bool) -> float | int:
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def calibrate_command(
-    model: Path, output: Path | None, check: int, force: bool, calib: str | None, verbose: int, **chosen: Any
+    model: Path,
+    output: Path | None,
+    outputs: tuple[str, ...],
+    check: int,
+    force: bool,
+    calib: str | None,
+    verbose: int,
+    **chosen: Any,
 ) -> None:
     """Collect the statistics of MODEL's sites over calibration data."""
     del verbose
@@ -92,25 +125,26 @@ def calibrate_command(
 
     target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
     with bars(silent=False) as progress:
-        found = calibrate_model(model, calib, target, Options(**chosen), check=check, force=force, progress=progress)
+        options = Options(outputs=parse_outputs(outputs), **chosen)
+        found = calibrate_model(model, calib, target, options, check=check, force=force, progress=progress)
     for note in found.notes:
         say(f"warning: {plain(note, 1000)}", fg="yellow")
-    for tensor, reason in found.statistics.refused.items():
-        say(f"site {plain(tensor)} is scored by its readers' outputs: {plain(reason)}")
+    rows = [(plain(site.tensor), str(site.size), plain(found.scores.basis[site.tensor], 400)) for site in found.dense.sites]
+    say("\n".join(table(("site", "channels", "scored by"), rows, width_of(sys.stderr), text=True)))
     if found.checks:
-        rows = [
+        checked = [
             (plain(c.tensor), str(len(c.units)), f"{c.spearman:.3f}", f"{c.ratio:.3f}", plain(c.basis.partition(":")[0]))
             for c in found.checks
         ]
         header = ("site", "units", "Spearman", "predicted/measured", "of")
-        say("\n".join(table(header, rows, width_of(sys.stderr))))
+        say("\n".join(table(header, checked, width_of(sys.stderr))))
     answer(f"{target}: {len(found.statistics.moments)} sites, {found.statistics.samples} samples")
 
 
 @click.command("plan")
 @MODEL
 @click.argument("statistics", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: MODEL.plan.json]")
+@click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.plan.json]")
 @click.option("--keep", multiple=True, metavar="[SITE=]N", help="Share of channels to keep, or SITE=share, SITE=number.")
 @_with(*SCORING)
 @FORCE
@@ -131,7 +165,7 @@ def plan_command(
 @click.command("apply")
 @MODEL
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: MODEL.ms.onnx]")
+@click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.ms.onnx]")
 @_with(*DATA)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")

@@ -15,13 +15,13 @@ from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.files import output_conflict, save_model, staged
 from mscompile.options import Options
 from mscompile.plan import Plan, SitePlan, make_plan, resolve_keep
-from mscompile.prediction import SiteCheck, check_units
+from mscompile.prediction import SiteCheck, check_units, imbalance
 from mscompile.replacements import CONSTANT
 from mscompile.reporting import stamp
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runtime import Progress, no_progress
 from mscompile.scm import Site
-from mscompile.scores import OBJECTIVES, score
+from mscompile.scores import OBJECTIVES, Scores, score
 from mscompile.search import order_units, what_to_measure
 from mscompile.statistics import Statistics
 from mscompile.statistics_file import load_statistics, save_statistics
@@ -35,6 +35,7 @@ class Calibration:
 
     dense: DenseModel
     statistics: Statistics
+    scores: Scores
     checks: tuple[SiteCheck, ...]
     notes: tuple[str, ...]
 
@@ -87,17 +88,17 @@ def calibrate_model(
         progress=progress,
     )
     checks: tuple[SiteCheck, ...] = ()
-    notes = samples.notes
+    scores = score(dense.scm, dense.sites, statistics, options.objective, seed=options.seed)
+    outputs = dense.weighted_outputs(options)
+    notes = (*samples.notes, *scores.warnings, *imbalance(dense.model, outputs, next(samples.batches(options.batch_size))))
     if check:
-        scores = score(dense.scm, dense.sites, statistics, options.objective, seed=options.seed)
-        notes = (*notes, *scores.warnings)
         checks = tuple(
             check_units(
                 dense.model,
                 dense.sites,
                 dense.ranks,
                 scores,
-                dense.output,
+                outputs,
                 samples,
                 count=check,
                 batch_size=dense.batch or options.batch_size,
@@ -107,7 +108,7 @@ def calibrate_model(
         )
     if output is not None:
         save_statistics(statistics, output, model_sha256=dense.sha256)
-    return Calibration(dense, statistics, checks, notes)
+    return Calibration(dense, statistics, scores, checks, notes)
 
 
 def plan_model(model: Model, statistics: Path, output: Path | None, options: Options, *, force: bool = False) -> Plan:
@@ -143,13 +144,19 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
     return plan
 
 
+METRICS = {"identity": "squared change", "fisher": "divergence"}
+"""What curvature is of, in words."""
+
+
 def _check_measured(path: Path, found: Statistics, options: Options) -> None:
     """Refuse statistics that lack what the options need."""
     missing = []
     if options.replacement != CONSTANT and any(moments.scatter is None for moments in found.moments.values()):
         missing.append(f"covariances, which --replacement {options.replacement} needs")
-    if OBJECTIVES[options.objective].curvature != "none" and not found.curvature and not found.refused:
-        missing.append(f"curvature, which --objective {options.objective} needs")
+    if (needed := OBJECTIVES[options.objective].curvature) not in ("none", found.metric):
+        missing.append(f"curvature of the {METRICS[needed]}, which --objective {options.objective} needs")
+    if options.outputs is not None and found.metric != "none" and dict(options.outputs) != dict(found.outputs):
+        missing.append(f"these outputs: theirs are {', '.join(found.outputs)}")
     if missing:
         raise UsageError(
             "the statistics do not hold what this plan needs",

@@ -216,6 +216,10 @@ class Statistics:
         Digests of the data sets seen, in order.
     onnxruntime
         Version that ran.
+    metric
+        What the curvature is of, as in `Measure`.
+    outputs
+        Weight by name of the outputs that it is of.
     """
 
     moments: Mapping[str, Moments]
@@ -225,10 +229,14 @@ class Statistics:
     samples: int
     data_sha256: tuple[str, ...]
     onnxruntime: str
+    metric: str
+    outputs: Mapping[str, float]
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.moments.keys() != other.moments.keys() or self.curvature.keys() != other.curvature.keys():
             raise ValueError("statistics of different sites do not add up")
+        if (self.metric, self.outputs) != (other.metric, other.outputs):
+            raise ValueError("curvatures of different outputs, or of another kind, do not add up")
         return Statistics(
             {tensor: self.moments[tensor] + other.moments[tensor] for tensor in self.moments},
             {tensor: self.curvature[tensor] + other.curvature[tensor] for tensor in self.curvature},
@@ -237,4 +245,6 @@ class Statistics:
             self.samples + other.samples,
             self.data_sha256 + other.data_sha256,
             self.onnxruntime,
+            self.metric,
+            self.outputs,
         )

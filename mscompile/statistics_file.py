@@ -14,7 +14,7 @@ from mscompile.errors import UsageError
 from mscompile.files import staged
 from mscompile.statistics import Array, Curvature, Moments, Statistics, Window, WindowMoments
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MOMENTS = ("mean", "squares", "scatter", "shared", "low", "high")
 _CURVATURE = ("s11", "s12", "s22", "g1", "g2", "second")
 _WINDOW = ("centre", "products", "shared")
@@ -44,6 +44,8 @@ def save_statistics(statistics: Statistics, path: Path, *, model_sha256: str) ->
         "samples": statistics.samples,
         "data_sha256": statistics.data_sha256,
         "onnxruntime": statistics.onnxruntime,
+        "metric": statistics.metric,
+        "outputs": dict(statistics.outputs),
         "refused": dict(statistics.refused),
         "moments": {name: moments.count for name, moments in statistics.moments.items()},
         "curvature": {name: curvature.samples for name, curvature in statistics.curvature.items()},
@@ -115,6 +117,8 @@ def load_statistics(path: Path, *, model_sha256: str) -> Statistics:
             header["samples"],
             tuple(header["data_sha256"]),
             header["onnxruntime"],
+            str(header["metric"]),
+            {str(name): float(weight) for name, weight in header["outputs"].items()},
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(
