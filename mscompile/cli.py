@@ -141,7 +141,7 @@ def compile_command(
         )
     if fidelity is not None:
         chosen["fidelity"] = fidelity
-    options = Options(keep=parse_keep(keep), outputs=parse_outputs(outputs), **chosen)
+    options = Options(keep=parse_keep(keep), output=parse_outputs(outputs), **chosen)
     silent = quiet or as_json
     with bars(silent=silent) as progress:
         result = compile_model(

@@ -74,7 +74,7 @@ class DenseModel:
     def weighted_outputs(self, options: Options) -> dict[str, float]:
         """Weight by name of the outputs whose change is scored.
 
-        Those that `Options.outputs` names; by default every output of floating point that has one result per sample,
+        Those that `Options.output` names; by default every output of floating point that has one result per sample,
         weighted alike, but only the first of them for objectives that take it for class scores.
 
         Raises
@@ -86,9 +86,9 @@ class DenseModel:
         free = self.batch is None
         known = [name for name, shape in shapes.items() if shape and not (free and isinstance(shape[0], int))]
         objective = OBJECTIVES[options.objective]
-        if options.outputs is None:
+        if options.output is None:
             return dict.fromkeys(known[:1] if objective.curvature == "fisher" else known, 1.0)
-        for name in options.outputs:
+        for name in options.output:
             if name not in known:
                 raise UsageError(
                     "this output cannot be scored",
@@ -96,14 +96,14 @@ class DenseModel:
                     why=f"outputs of floating point with a result per sample: {', '.join(known) or 'none'}",
                     hint="name one of those; the file to write is given by -o",
                 )
-        if objective.gradient and len(options.outputs) > 1:
+        if objective.gradient and len(options.output) > 1:
             raise UsageError(
                 "labels are of one output",
-                where=" ".join(f"--output {name}" for name in options.outputs),
+                where=" ".join(f"--output {name}" for name in options.output),
                 why=f"--objective {options.objective} compares class scores with labels",
                 hint="name the output of the class scores alone",
             )
-        return dict(options.outputs)
+        return dict(options.output)
 
     @property
     def ranks(self) -> dict[str, int]:

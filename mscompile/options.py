@@ -41,7 +41,7 @@ class Options:
         by score. See `joint` for what is in force.
     probes
         Random seeds per sample of the reverse pass.
-    outputs
+    output
         Weight by name of the outputs whose change is scored; None for all of floating point, see
         `DenseModel.weighted_outputs`.
     law, swap
@@ -65,7 +65,7 @@ class Options:
     objective: Literal["logit-mse", "kl", "cross-entropy", "cwvar", "variance", "magnitude", "random"] = "logit-mse"
     selection: Literal["joint", "additive"] = "joint"
     probes: int = 4
-    outputs: Mapping[str, float] | None = None
+    output: Mapping[str, float] | None = None
     replacement: Literal["affine", "affine-pointwise", "affine-parents", "constant"] = "affine"
     law: Law = "one-site"
     swap: float = 0.1
@@ -87,8 +87,8 @@ class Options:
             ("selection", self.selection in ("joint", "additive"), "is joint or additive"),
             ("probes", self.probes >= 1, "is at least 1"),
             (
-                "outputs",
-                self.outputs is None or (bool(self.outputs) and all(0.0 < w < math.inf for w in self.outputs.values())),
+                "output",
+                self.output is None or (bool(self.output) and all(0.0 < w < math.inf for w in self.output.values())),
                 "gives outputs positive weights",
             ),
             ("batch_size", self.batch_size >= 1, "is at least 1"),

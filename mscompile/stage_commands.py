@@ -125,7 +125,7 @@ def calibrate_command(
 
     target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
     with bars(silent=False) as progress:
-        options = Options(outputs=parse_outputs(outputs), **chosen)
+        options = Options(output=parse_outputs(outputs), **chosen)
         found = calibrate_model(model, calib, target, options, check=check, force=force, progress=progress)
     for note in found.notes:
         say(f"warning: {plain(note, 1000)}", fg="yellow")

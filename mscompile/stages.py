@@ -155,7 +155,7 @@ def _check_measured(path: Path, found: Statistics, options: Options) -> None:
         missing.append(f"covariances, which --replacement {options.replacement} needs")
     if (needed := OBJECTIVES[options.objective].curvature) not in ("none", found.metric):
         missing.append(f"curvature of the {METRICS[needed]}, which --objective {options.objective} needs")
-    if options.outputs is not None and found.metric != "none" and dict(options.outputs) != dict(found.outputs):
+    if options.output is not None and found.metric != "none" and dict(options.output) != dict(found.outputs):
         missing.append(f"these outputs: theirs are {', '.join(found.outputs)}")
     if missing:
         raise UsageError(

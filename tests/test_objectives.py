@@ -26,7 +26,8 @@ def refused(capsys: pytest.CaptureFixture[str], words: str, *arguments: object) 
     assert words in capsys.readouterr().err
 
 
-TWO_HEADS = """(float[N,4] x) => (float[N,3] y, float[N,2] z, int64[N] k) <float[4,6] w, float[6] b, float[6,3] wy, float[6,2] wz> {
+TWO_HEADS = """(float[N,4] x) => (float[N,3] y, float[N,2] z, int64[N] k)
+    <float[4,6] w, float[6] b, float[6,3] wy, float[6,2] wz> {
     a = Gemm(x, w, b)
     h = Relu(a)
     y = MatMul(h, wy)
@@ -49,7 +50,7 @@ def test_all_outputs_of_floating_point_are_scored_together(two_heads: Path) -> N
     """The risks of weighted outputs add; with as many probes as values they are exact where nothing bends behind."""
 
     def risk(outputs: dict[str, float] | None) -> np.ndarray:
-        options = replace(Options(keep=0.5), outputs=outputs, replacement="constant", probes=5)
+        options = replace(Options(keep=0.5), output=outputs, replacement="constant", probes=5)
         found = calibrate_model(two_heads, None, None, options, check=6)
         (check,) = found.checks
         assert [unit.measured for unit in check.units] == pytest.approx([unit.predicted for unit in check.units], rel=1e-4)
