@@ -103,14 +103,28 @@ def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array |
     creators = scm.creators_of(site.units)
     starts = [creator.node.outputs[0] for creator in creators]
     target = next((v for node in scm.model.graph for v in node.outputs if v.name == site.tensor), None)
-    if target is None or not all(_steady(scm, node) for node in _between(starts, target)):
+    between = [] if target is None else _between(starts, target)
+    if target is None or not all(_steady(scm, node) for node in between):
         return None
     if any(creator.axis == 0 for creator in creators) or any((start.name or "") not in scm.shapes for start in starts):
         return None
-    free = any(not isinstance(d, int) for start in starts for d in scm.shapes[start.name or ""][1:])
+    # Large maps are probed on small ones where no node in between states a size.
+    stated = any(
+        found.regroups or any(isinstance(size.holder, int) for size in found.sizes)
+        for node in between
+        if isinstance(found := scm.signatures[node], Signature)
+    )
+    largest = np.inf if stated else max(FREE_EXTENTS)
+    dims = [
+        d
+        for start, c in zip(starts, creators, strict=True)
+        for a, d in enumerate(scm.shapes[start.name or ""])
+        if a not in (0, c.axis)
+    ]
+    free = any(not isinstance(d, int) or d > largest for d in dims)
     responses = []
     for extent in FREE_EXTENTS if free else FREE_EXTENTS[:1]:
-        response = _respond(scm, site, target, creators, levels, extent)
+        response = _respond(scm, site, target, creators, levels, extent, largest)
         if response is None:
             return None
         responses.append(response)
@@ -119,14 +133,23 @@ def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array |
 
 
 def _respond(
-    scm: Scm, site: Site, target: ir.Value, creators: Sequence[Creator], levels: dict[int, Array], extent: int
+    scm: Scm,
+    site: Site,
+    target: ir.Value,
+    creators: Sequence[Creator],
+    levels: dict[int, Array],
+    extent: int,
+    largest: float,
 ) -> Array | None:
-    """The response where position axes of unknown size have `extent` places."""
+    """The response where position axes of unknown size, or larger than `largest`, have `extent` places."""
     trials = len(next(iter(levels.values())))
     feed = {}
     for creator in creators:
         start = creator.node.outputs[0]
-        extents = [d if isinstance(d, int) else extent for d in scm.shapes[start.name or ""]]
+        extents = [
+            d if isinstance(d, int) and (d <= largest or a == creator.axis) else extent
+            for a, d in enumerate(scm.shapes[start.name or ""])
+        ]
         extents[0] = trials
         array = np.zeros(extents, dtype=_dtype(creator).numpy())
         view = np.moveaxis(array, creator.axis, 1)

@@ -241,6 +241,8 @@ class _Step:
                     return None
                 units = np.take(units, [self.picks[port]], axis=place)
                 found.append(None)
+            elif port in self.found.unseen:
+                return None
             else:
                 found.append(None)
                 if len(axes) > 1:

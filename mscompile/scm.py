@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mscompile.flow import Creator, Refusal, Slot, Walk, captured, label
-from mscompile.operators import Dim, IntArray, Shape, Signature, is_parameter
+from mscompile.operators import Dim, IntArray, Shape, Signature, declared, is_parameter
 from mscompile.sites import Pairing, Reader, Site, sites_of
 from mscompile.units import Axes, Labels, along
 
@@ -106,13 +106,30 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
         for value in copy.graph.inputs:
             if value.name is not None and value.name in bound:
                 value.shape = ir.Shape(bound[value.name])
-    copy = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
+    infer = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    copy = infer(copy).model
+    while _shape_like(copy):
+        copy = infer(copy).model
     shapes: dict[str, Shape] = {}
     for value in _values(copy.graph):
         shape = value.shape if value.const_value is None else value.const_value.shape
         if value.name and shape is not None:
             shapes[value.name] = tuple(size_of(d) for d in shape)
     return shapes
+
+
+def _shape_like(model: ir.Model) -> bool:
+    """Give outputs the shapes that their rows in the table say, where onnx knows none; whether there were any."""
+    found = False
+    for node in model.graph:
+        row = declared(node)
+        source = None if row is None or row.like is None else node.inputs[row.like]
+        if source is not None and source.shape is not None and node.outputs[0].shape is None:
+            node.outputs[0].shape = source.shape
+            if node.outputs[0].dtype is None and source.dtype is not None:
+                node.outputs[0].dtype = source.dtype
+            found = True
+    return found
 
 
 def size_of(dim: int | ir.SymbolicDimProtocol) -> Dim:

@@ -96,7 +96,8 @@ def reader_curvature(site: Site) -> Array:
     for pairing in site.pairings:  # the queries are not measured: their weights say how large they may be
         for slot, index in zip(pairing.slots, pairing.index, strict=True):
             rows = np.moveaxis(_tensor(slot.node, slot.operand).astype(np.float64), slot.axis, 0)
-            np.add.at(total, (index, index), np.square(rows).reshape(len(rows), -1).sum(axis=1))
+            met = index >= 0
+            np.add.at(total, (index[met], index[met]), np.square(rows[met]).reshape(met.sum(), -1).sum(axis=1))
     return total
 
 

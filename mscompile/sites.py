@@ -99,7 +99,8 @@ class Pairing:
     entry
         The node through which the keys' tensor enters on its way there.
     slots, index, heads
-        Parameters that make the queries; row i of slot s meets key channel ``index[s][i]``, in head ``heads[s][i]``.
+        Parameters that make the queries; row i of slot s meets key channel ``index[s][i]``, −1 if none, in head
+        ``heads[s][i]``.
     """
 
     node: ir.Node
@@ -323,9 +324,11 @@ class _Trace:
                 continue
             met = dict(zip(queries.tolist(), keys.tolist(), strict=True))
             place = {int(u): i for i, u in enumerate(units)}
-            index = tuple(np.array([place[met[u]] for u in slot.units.tolist()], dtype=np.int64) for slot in slots)
+            index = tuple(
+                np.array([place[met[u]] if u in met else -1 for u in slot.units.tolist()], dtype=np.int64) for slot in slots
+            )
             head_of = {u: i // meeting.row for i, u in enumerate(queries.tolist())}
-            heads = tuple(np.array([head_of[u] for u in slot.units.tolist()], dtype=np.int64) for slot in slots)
+            heads = tuple(np.array([head_of.get(u, -1) for u in slot.units.tolist()], dtype=np.int64) for slot in slots)
             row_of = {u: i // meeting.row for i, u in reversed([*enumerate(keys.tolist())])}
             rows = np.array([row_of[int(u)] for u in units], dtype=np.int64)
             return _Found(tensor, axis, units, None, Pairing(meeting.node, entry, tuple(slots), index, heads), rows)
@@ -344,13 +347,25 @@ class _Trace:
                 return False
             if operand == 0 and found.levels == axis:
                 continue
-            link: tuple[Port, ...] = next((li for li in found.links if (operand, axis) in li), ())
-            target = next((a for o, a in link if o == OUT), None)
-            alone = all(o in (operand, OUT) for o, _ in link)
-            passes = found.additive or found.moving or (operand in found.scaled and alone) or self._masks(node, operand)
-            if target is None or not passes or not self._levelled(node.outputs[0], target):
+            target = self._passed_on(node, operand, axis, found)
+            if target is None or not self._levelled(node.outputs[0], target):
                 return False
         return True
+
+    def _passed_on(self, node: ir.Node, operand: int, axis: int, found: Signature) -> int | None:
+        """Output axis along which a number added along an axis of an operand is still one number; None if it is not."""
+        if found.moving:
+            link: tuple[Port, ...] = next((li for li in found.links if (operand, axis) in li), ())
+            return next((a for o, a in link if o == OUT), None)
+        shapes = [() if v is None else self.walk.shapes.get(v.name or "") for v in node.inputs]
+        out = self.walk.shapes.get(node.outputs[0].name or "")
+        if out is None or any(shape is None for shape in shapes):
+            return None
+        target = axis + len(out) - len(shapes[operand])  # type: ignore[arg-type]
+        across = [len(shape) - len(out) + target for shape in shapes]  # type: ignore[arg-type]
+        alone = all(i == operand or a < 0 or shapes[i][a] == 1 for i, a in enumerate(across))  # type: ignore[index]
+        passes = found.additive or (operand in found.scaled and alone) or self._masks(node, operand)
+        return target if passes else None
 
     def _masks(self, node: ir.Node, operand: int) -> bool:
         """Whether a node only puts the score of masked positions in some places."""
@@ -380,7 +395,7 @@ class _Trace:
         slots: list[Slot] = []
         while value is not None and (node := value.producer()) is not None:
             found = self.walk.signatures[node]
-            if not isinstance(found, Signature) or len(list(value.uses())) > 1 or value.is_graph_output():
+            if not isinstance(found, Signature) or self._used_otherwise(value, units):
                 return None
             here = [s for s in self.walk.slots if s.node is node and s.units.ndim == 1 and np.isin(s.units, units).any()]
             made = [c for c in self.walk.creators if c.node is node and np.isin(units, c.units).all()]
@@ -391,15 +406,32 @@ class _Trace:
             labelled = [v for v in node.inputs if v is not None and self._carries(v, units)]
             if len(labelled) != 1:
                 return None
-            adds = found.additive and len(here) == len(node.inputs) - 1
-            if not (found.moving or self._scales_evenly(node, units) or adds):
+            others = {o for o, v in enumerate(node.inputs) if v is not labelled[0]} - {s.operand for s in here}
+            adds = found.additive and all(_is_zero(node.inputs[o]) for o in others)
+            if not (found.moving or found.copies or self._scales_evenly(node, units) or adds):
                 return None
             slots += here if adds else []
             value = labelled[0]
         return None
 
+    def _used_otherwise(self, value: ir.Value, units: IntArray) -> bool:
+        """Whether more than one node takes these units in."""
+        if value.is_graph_output():
+            return True
+        taking = 0
+        for node, _ in value.uses():
+            found = self.walk.signatures.get(node)
+            copied = isinstance(found, Signature) and found.copies
+            labelled = [on for out in node.outputs for on in self.walk.labels.get(out, {}).values()]
+            taking += not copied or any(np.isin(on, units).any() for on in labelled)
+        return taking > 1
+
     def _carries(self, value: ir.Value, units: IntArray) -> bool:
         return any(np.isin(units, on).all() for on in self.walk.labels.get(value, {}).values())
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    return value is None or (is_parameter(value) and not value.const_value.numpy().any())  # type: ignore[union-attr]
 
 
 def _positions(units: IntArray, wanted: IntArray) -> IntArray:

@@ -52,9 +52,14 @@ def count_parameters(model: ir.Model) -> int:
 
 def count_macs(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> int | None:
     """Multiply–accumulates per sample, for inputs of the given shapes with axis 0 the samples."""
-    batch = next(iter(inputs.values()))[0]
+    found = node_macs(model, inputs)
+    return None if found is None else math.ceil(sum(found.values()) / next(iter(inputs.values()))[0])
+
+
+def node_macs(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[ir.Node, int] | None:
+    """Multiply–accumulates of each node that has any, for inputs of the given shapes; None where a shape stays unknown."""
     shapes = infer_shapes(model, inputs)
-    total = 0
+    found: dict[ir.Node, int] = {}
     for node in model.graph:
         row = declared(node)
         if row is None or row.macs is None:
@@ -63,8 +68,8 @@ def count_macs(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> int | 
         involved = [view.shape(operand) for operand in (0, 1, ~0)]
         if any(shape is None or not all(isinstance(d, int) for d in shape) for shape in involved):
             return None
-        total += row.macs(view)
-    return math.ceil(total / batch)
+        found[node] = row.macs(view)
+    return found
 
 
 def measure_latency(dense: ir.Model, compiled: ir.Model, samples: Samples, batch_size: int) -> tuple[float, float]:

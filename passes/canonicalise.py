@@ -1,18 +1,23 @@
 """Canonical form: what exporters write in many ways is brought into one, without changing a single output bit.
 
-Weights in Constant nodes become initializers; Identity nodes vanish; movement of a weight is carried out; unused nodes and
-initializers are dropped; nodes are sorted.
+Weights in Constant nodes become initializers; Identity nodes vanish; what is computed from parameters or from declared
+shapes alone is computed at once; Splits state their sizes; unused nodes and initializers are dropped; nodes are sorted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mscompile.operators import is_parameter
+from mscompile.operators import Shape, is_parameter
+from mscompile.passes.readers import add_parameter, array_of
+from mscompile.passes.shapes import FoldShapes
+from mscompile.runtime import Arrays, Session
+from mscompile.scm import captured, infer_shapes
 
 
 @dataclass(frozen=True)
@@ -41,36 +46,202 @@ class RemoveIdentities(ir.passes.InPlacePass):
 
 
 @dataclass(frozen=True)
-class FoldWeightTranspose(ir.passes.InPlacePass):
-    """``Transpose(weight)`` becomes a stored weight: the readers' axis signatures want weights at hand."""
+class FoldParameters(ir.passes.InPlacePass):
+    """What is computed from parameters alone is computed once, by onnxruntime, and stored.
+
+    Readers want their weights at hand. Left to be computed at run time is what would make the file larger: casts and
+    dequantised weights, repeated values, and weights that other nodes use as they are.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run the pass."""
-        graph, modified = model.graph, False
-        for node in list(graph):
-            if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
+        graph = model.graph
+        fixed: dict[ir.Value, ir.Node] = {}
+        for node in graph:
+            inputs = [v for v in node.inputs if v is not None]
+            plain = node.domain in ("", "ai.onnx") and node.op_type not in IMPURE and not any(captured(node))
+            if inputs and plain and all(v in fixed or is_parameter(v) for v in inputs):
+                fixed.update(dict.fromkeys(node.outputs, node))
+        wanted = [v for v in fixed if not v.is_graph_output() and any(use.node not in fixed.values() for use in v.uses())]
+        if not wanted:
+            return ir.passes.PassResult(model, False)
+        values = _evaluate(model, wanted)
+        modified = False
+        for value in wanted:
+            array, sources = values[value.name or ""], _sources(value, fixed)
+            dtype = value.dtype or ir.DataType.from_numpy(array.dtype)
+            saved = sum(_bytes(source) for source in sources if len(list(source.uses())) == 1)
+            if array.nbytes > saved + SLACK:
                 continue
-            source, target = node.inputs[0], node.outputs[0]
-            if source is None or not is_parameter(source) or target.is_graph_output():
-                continue
-            assert source.const_value is not None
-            order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-            turned = np.ascontiguousarray(np.transpose(source.const_value.numpy(), order))
-            name = target.name
-            target.name = None
-            tensor = ir.tensor(turned, dtype=source.const_value.dtype, name=name)
-            stored = ir.Value(name=name, shape=ir.Shape(turned.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            name, value.name = value.name, None
+            tensor = ir.tensor(array, dtype=dtype, name=name)
+            stored = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
             graph.register_initializer(stored)
-            target.replace_all_uses_with(stored)
-            graph.remove(node, safe=True)
+            value.replace_all_uses_with(stored)
+            value.name = f"{name}.computed"
             modified = True
         return ir.passes.PassResult(model, modified)
 
+
+_RANDOM = "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli Dropout"
+_OTHER = "DequantizeLinear QuantizeLinear If Loop Scan Optional SequenceConstruct SequenceEmpty SplitToSequence"
+IMPURE = frozenset([*_RANDOM.split(), *_OTHER.split()])
+"""Operators that are left to run time: random, stateful or quantised ones, and those on other things than tensors."""
+SLACK = 1 << 16
+"""Bytes that storing a computed parameter may add to the file."""
+
+
+def _bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else int(value.const_value.nbytes)
+
+
+def _sources(value: ir.Value, fixed: Mapping[ir.Value, ir.Node]) -> set[ir.Value]:
+    """Stored parameters that a computed one comes from."""
+    waiting, found = [value], set[ir.Value]()
+    while waiting:
+        node = fixed.get(waiting.pop())
+        for source in () if node is None else node.inputs:
+            if source is not None and source in fixed:
+                waiting.append(source)
+            elif source is not None:
+                found.add(source)
+    return found
+
+
+def _evaluate(model: ir.Model, wanted: Sequence[ir.Value]) -> Arrays:
+    """Values of parameters computed from others, by onnxruntime as it would at run time."""
+    graph = ir.convenience.extract(model.graph, [], list(wanted))
+    return Session(ir.Model(graph, ir_version=model.ir_version), optimise=False).run({})
+
+
+@dataclass(frozen=True)
+class SpellOutSplits(ir.passes.InPlacePass):
+    """A Split into equal parts states its sizes, so that these can come to differ."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        opset, modified = model.graph.opset_imports.get("", 1), False
+        shapes: Mapping[str, Shape] | None = None
+        for node in model.graph:
+            if node.op_type != "Split" or node.domain not in ("", "ai.onnx") or "split" in node.attributes:
+                continue
+            if len(node.inputs) > 1 and node.inputs[1] is not None:
+                continue
+            shapes = infer_shapes(model) if shapes is None else shapes
+            parts = [shapes.get(value.name or "") for value in node.outputs]
+            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+            sizes = [None if part is None else part[axis] for part in parts]
+            if not all(isinstance(size, int) for size in sizes):
+                continue
+            if opset >= 13:
+                node.resize_inputs(2)
+                node.replace_input_with(1, add_parameter(model.graph, f"{node.outputs[0].name}.split", np.array(sizes)))
+                node.attributes.pop("num_outputs", None)
+            else:
+                node.attributes.add(ir.AttrInt64s("split", sizes))  # type: ignore[arg-type]
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+@dataclass(frozen=True)
+class PartBeforeHeads(ir.passes.InPlacePass):
+    """A packed projection of queries, keys and values is parted before its heads are split.
+
+    ``x[..., 3·H·D] -> Reshape [..., 3, H, D] -> Transpose -> one of the three`` becomes ``Split(x)`` with a Reshape and a
+    Transpose for each part: the same elements in the same places, but each part has an axis of its own.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        candidates = [n for n in model.graph if n.op_type == "Reshape" and n.domain in ("", "ai.onnx")]
+        if not candidates:
+            return ir.passes.PassResult(model, False)
+        shapes = infer_shapes(model)
+        modified = [_part(model, node, shapes) for node in candidates]
+        return ir.passes.PassResult(model, any(modified))
+
+
+def _part(model: ir.Model, node: ir.Node, shapes: Mapping[str, Shape]) -> bool:
+    source, target = node.inputs
+    shape = None if source is None else shapes.get(source.name or "")
+    if target is None or not shape or not is_parameter(target) or node.outputs[0].is_graph_output():
+        return False
+    entries = array_of(target).ravel().tolist()
+    rank, size = len(shape), shape[-1]
+    # The last axis, and it alone, is split, into parts first.
+    if not isinstance(size, int) or len(entries) < rank + 1 or 0 in entries[rank - 1 :] or -1 in entries[rank - 1 :]:
+        return False
+    if int(np.prod(entries[rank - 1 :])) != size or not 2 <= entries[rank - 1] <= PARTS:
+        return False
+    count, value, perm = entries[rank - 1], node.outputs[0], list(range(len(entries)))
+    (use, *more) = value.uses()
+    if use.node.op_type == "Transpose" and not more and "perm" in use.node.attributes:
+        value, perm = use.node.outputs[0], list(use.node.attributes["perm"].as_ints())
+    axis = perm.index(rank - 1)
+    picks = [_picked(user.node, axis, count, len(perm)) for user in value.uses()]
+    if value.is_graph_output() or not picks or any(pick is None for pick in picks):
+        return False
+    graph, tape = model.graph, ir.tape.Tape()
+    sizes = np.full(count, size // count, dtype=np.int64)
+    if model.graph.opset_imports.get("", 1) >= 13:
+        parts = tape.op_multi_out(
+            "Split",
+            [source, add_parameter(graph, f"{node.outputs[0].name}.parts", sizes)],
+            {"axis": rank - 1},
+            num_outputs=count,
+        )
+    else:
+        parts = tape.op_multi_out("Split", [source], {"axis": rank - 1, "split": sizes.tolist()}, num_outputs=count)
+    heads = add_parameter(graph, f"{node.outputs[0].name}.heads", np.array(entries[: rank - 1] + entries[rank:]))
+    order = [p - (p > rank - 1) for p in perm if p != rank - 1]
+    for pick in picks:
+        assert pick is not None
+        index, old = pick
+        new = tape.op("Reshape", [parts[index], heads])
+        if order != sorted(order):
+            new = tape.op("Transpose", [new], {"perm": order})
+        name, old.name = old.name, None
+        new.shape, new.type = old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        new.name = name
+    graph.insert_before(node, tape.nodes)
+    for step, part in enumerate(parts):
+        part.name = f"{node.outputs[0].name}.part.{step}"
+    return True
+
+
+def _picked(node: ir.Node, axis: int, count: int, rank: int) -> tuple[int, ir.Value] | None:
+    """Which index of an axis a node takes, the axis then gone, and the value it gives."""
+    if node.op_type == "Gather" and node.inputs[1] is not None and is_parameter(node.inputs[1]):
+        index = array_of(node.inputs[1])
+        along = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        return (int(index) % count, node.outputs[0]) if index.ndim == 0 and along % rank == axis else None
+    if node.op_type != "Slice" or len(node.inputs) < 4 or not all(v is None or is_parameter(v) for v in node.inputs[1:]):
+        return None
+    start, end, axes, *step = (array_of(v).tolist() for v in node.inputs[1:])
+    uses = list(node.outputs[0].uses())
+    squeezed = len(uses) == 1 and uses[0].node.op_type == "Squeeze" and not node.outputs[0].is_graph_output()
+    if [a % rank for a in axes] != [axis] or step not in ([], [[1]]) or not squeezed:
+        return None
+    taken = list(range(count))[start[0] : end[0]]
+    squeeze = uses[0].node
+    given = squeeze.attributes["axes"].as_ints() if "axes" in squeeze.attributes else None
+    if given is None and len(squeeze.inputs) > 1 and squeeze.inputs[1] is not None and is_parameter(squeeze.inputs[1]):
+        given = array_of(squeeze.inputs[1]).tolist()
+    fits = len(taken) == 1 and given is not None and [a % rank for a in given] == [axis]
+    return (taken[0], squeeze.outputs[0]) if fits else None
+
+
+PARTS = 8
+"""Parts into which a projection is packed at most: queries, keys and values are three."""
 
 CANONICALISE = ir.passes.Sequential(
     common.TopologicalSortPass(),
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     RemoveIdentities(),
-    FoldWeightTranspose(),
+    FoldShapes(),
+    FoldParameters(),
+    SpellOutSplits(),
+    PartBeforeHeads(),
     common.RemoveUnusedNodesPass(),
 )

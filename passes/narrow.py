@@ -67,7 +67,7 @@ def unread_units(scm: Scm) -> IntArray:
         for pairing in site.pairings:  # a pair whose query is zero adds nothing to any score
             for slot, index in zip(pairing.slots, pairing.index, strict=True):
                 rows = np.moveaxis(array_of(slot.node.inputs[slot.operand]), slot.axis, 0)
-                read.update(site.units[index[rows.reshape(len(rows), -1).any(axis=1)]].tolist())
+                read.update(site.units[index[rows.reshape(len(rows), -1).any(axis=1) & (index >= 0)]].tolist())
     for node in scm.model.graph:
         if node.domain == DIALECT and node.op_type == "Replace":  # reads retained units on behalf of the others
             seen = scm.units_on(node.outputs[0].name or "", node.attributes["axis"].as_int())

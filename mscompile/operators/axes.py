@@ -126,6 +126,10 @@ class Signature:
         (port, blocks): the channels of a block live and die together.
     moving
         The node only moves values (any reader behind it reads its input).
+    copies
+        The output holds elements of the operands and nothing else.
+    unseen
+        Axes that the node does not look at.
     additive
         The output is the sum, with signs, of the operands.
     scaled
@@ -146,6 +150,8 @@ class Signature:
     even: tuple[tuple[Port, int], ...] = ()
     ties: tuple[tuple[Port, int], ...] = ()
     moving: bool = False
+    copies: bool = False
+    unseen: tuple[Port, ...] = ()
     additive: bool = False
     scaled: tuple[int, ...] = ()
     levels: int | None = None
@@ -229,6 +235,8 @@ class Operator:
         Multiply–accumulates of a node whose shapes are numbers; none where it is not set.
     reverse
         Reverse-mode rule; where it is not set, curvature cannot pass the operator.
+    like
+        Operand whose shape the output has, for operators that onnx knows no shapes of.
     """
 
     name: str
@@ -236,3 +244,4 @@ class Operator:
     domain: str = ""
     macs: Callable[[NodeView], int] | None = None
     reverse: Reverse | None = None
+    like: int | None = None

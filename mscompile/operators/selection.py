@@ -29,7 +29,7 @@ def concat(node: NodeView) -> Signature | str:
         Move((i, along), (OUT, along), np.arange(size, dtype=np.int64), np.arange(ends[i], ends[i + 1], dtype=np.int64))  # type: ignore[arg-type]
         for i, size in enumerate(sizes)
     )
-    return Signature(links, moves)
+    return Signature(links, moves, copies=True)
 
 
 def split(node: NodeView) -> Signature | str:
@@ -54,6 +54,7 @@ def split(node: NodeView) -> Signature | str:
         links,
         tuple(Move((0, along), (~i, along), np.arange(ends[i], ends[i + 1], dtype=np.int64)) for i in outs),
         sizes=tuple(Size(holder, i, (~i, along)) for i in outs),
+        copies=True,
     )
 
 
@@ -95,7 +96,7 @@ def slices(node: NodeView) -> Signature | str:
             first, last, _ = slice(start, end).indices(dim)
             moves.append(Move((0, axis), (OUT, axis), np.arange(first, max(first, last), dtype=np.int64)))
             sizes += [Size(holders[0], place, (0, axis), "bound"), Size(holders[1], place, (0, axis), "bound")]
-    return Signature(tuple(links), tuple(moves), sizes=tuple(sizes), mixes="takes a part of them")
+    return Signature(tuple(links), tuple(moves), sizes=tuple(sizes), copies=True, mixes="takes a part of them")
 
 
 def gather(node: NodeView) -> Signature | str:
@@ -112,9 +113,9 @@ def gather(node: NodeView) -> Signature | str:
         return Signature(tuple(links), mixes="takes some of them")
     taken = index.astype(np.int64) % dim
     if len(places) == 0:
-        return Signature(tuple(links), picks=(Pick((0, along), int(taken)),), mixes="takes one of them")
+        return Signature(tuple(links), picks=(Pick((0, along), int(taken)),), copies=True, mixes="takes one of them")
     moves = (Move((0, along), (OUT, along), taken),)
-    return Signature(tuple(links), moves, sizes=(Size(1, None, (0, along), "channels"),))
+    return Signature(tuple(links), moves, sizes=(Size(1, None, (0, along), "channels"),), copies=True)
 
 
 def pad(node: NodeView) -> Signature | str:
@@ -161,6 +162,30 @@ def resize(node: NodeView) -> Signature | str:
     )
     links = tuple(((0, a), (OUT, a)) for a in sorted(same))
     return Signature(links, steady=plain, sizes=tuple(sizes), mixes="resamples this axis")
+
+
+def shape(node: NodeView) -> Signature | str:
+    """Tells the size of some axes and looks at no others: of those that are taken from it with stored numbers."""
+    rank = node.rank(0)
+    if rank is None:
+        return "its input has no known rank"
+    first, last = node.attribute("start", 0), node.attribute("end", rank)
+    told = list(range(rank))[first:last]
+    seen: set[int] = set()
+    for user, _ in node.node.outputs[0].uses():
+        taken = told
+        if user.op_type == "Gather":
+            index = NodeView(user, node.shapes, node.opset).constant(1)
+            taken = told if index is None else [told[i] for i in index.ravel().tolist()]
+        elif user.op_type == "Slice":
+            view = NodeView(user, node.shapes, node.opset)
+            parts = [view.constant(i) for i in (1, 2, 4) if view.value(i) is not None]
+            if parts and all(part is not None for part in parts):
+                taken = told[slice(*(int(part[0]) for part in parts))]  # type: ignore[index]
+        seen.update(taken)
+    if node.node.outputs[0].is_graph_output():
+        seen.update(told)
+    return Signature(unseen=tuple((0, a) for a in range(rank) if a not in seen), mixes="tells the size of this axis")
 
 
 # -- reverse: joining and parting --
@@ -378,10 +403,11 @@ def resize_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     return {0: gradient}
 
 
-_SHAPES = "Shape Size NonZero Range ConstantOfShape EyeLike OneHot"
+_SHAPES = "Size NonZero Range ConstantOfShape EyeLike OneHot"
 
 ROWS = (
     *(Operator(name, Barrier("speaks of shapes and places"), reverse=nothing) for name in _SHAPES.split()),
+    Operator("Shape", shape, reverse=nothing),
     Operator("Concat", concat, reverse=concat_reverse),
     Operator("Split", split, reverse=split_reverse),
     Operator("Slice", slices, reverse=slice_reverse),
