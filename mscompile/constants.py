@@ -114,7 +114,18 @@ def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array |
         for node in between
         if isinstance(found := scm.signatures[node], Signature)
     )
-    largest = np.inf if stated else max(FREE_EXTENTS)
+    for largest in (np.inf,) if stated else (max(FREE_EXTENTS), np.inf):
+        found = _probe(scm, site, target, creators, levels, largest)
+        if found is not None:
+            return found
+    return None
+
+
+def _probe(
+    scm: Scm, site: Site, target: ir.Value, creators: Sequence[Creator], levels: dict[int, Array], largest: float
+) -> Array | None:
+    """The response with maps no larger than `largest`; None where the network does not take these."""
+    starts = [creator.node.outputs[0] for creator in creators]
     dims = [
         d
         for start, c in zip(starts, creators, strict=True)
@@ -164,6 +175,9 @@ def _respond(
             graph = ir.convenience.extract(scm.model.graph, [creator.node.outputs[0] for creator in creators], [target])
             for value, creator in zip(graph.inputs, creators, strict=True):
                 value.type = ir.TensorType(_dtype(creator))
+                value.shape = None  # the probe may be smaller than the map
+            for value in (v for node in graph for v in node.outputs):
+                value.shape = None
             model = ir.Model(graph, ir_version=scm.model.ir_version)
             result = Session(model, optimise=False).run(feed)[target.name or ""]
         except (ValueError, UnsupportedError):
