@@ -115,9 +115,9 @@ def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array |
         if isinstance(found := scm.signatures[node], Signature)
     )
     for largest in (np.inf,) if stated else (max(FREE_EXTENTS), np.inf):
-        found = _probe(scm, site, target, creators, levels, largest)
-        if found is not None:
-            return found
+        response = _probe(scm, site, target, creators, levels, largest)
+        if response is not None:
+            return response
     return None
 
 

@@ -489,7 +489,7 @@ def examples(select: Callable[[Signature], object]) -> pytest.MarkDecorator:
 def test_every_operator_has_examples():
     # The compiler's own operators are none of a runtime: they are tested with the passes.
     channels = {row.name for row in OPERATORS.values() if row.domain != DIALECT and not isinstance(row.declare, Barrier)}
-    assert {e.op for e in EXAMPLES} == channels
+    assert {e.op for e in EXAMPLES} == channels - {"Shape"}  # whose output holds no channels
 
 
 @pytest.mark.parametrize(("example", "reason"), REFUSED, ids=lambda v: str(v) if isinstance(v, Example) else "")
