@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from golden import KINDS, Arrays, canonical, inputs, model, plan_at, plan_for, proto, run, shapes, under_do
+from golden import KINDS, Arrays, canonical, inputs, model, plan_at, plan_for, run, shapes, under_do
 
 from mscompile.passes import (
     CANONICALISE,

@@ -320,7 +320,7 @@ def test_divergence_as_a_loss() -> None:
     p, q = (np.exp(a) / np.exp(a).sum(axis=1, keepdims=True) for a in (y, z))
     loss = METRICS["kl"].loss(y, z)
     assert loss == pytest.approx(1 - np.exp(-scipy.stats.entropy(p, q, axis=1)))
-    assert ((0 <= loss) & (loss <= 1)).all()
+    assert ((loss >= 0) & (loss <= 1)).all()
     assert (np.abs(p - q).sum(axis=1) / 2 <= np.sqrt(loss)).all()  # total variation
     assert METRICS["kl"].loss(y, y + 100) == pytest.approx(0.0, abs=1e-12)
 
