@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from mscompile.audit_commands import audit_command, report_command
 from mscompile.errors import MscompileError, ResourceError, UsageError
 from mscompile.stage_commands import OUTPUTS, apply_command, calibrate_command, parse_keep, parse_outputs, plan_command
 from mscompile.terminal import End, answer, ascii_json, bars, error_text, plain, say, sentence, table, width_of
@@ -66,7 +67,7 @@ def cli() -> None:
     """
 
 
-for _command in (calibrate_command, plan_command, apply_command):
+for _command in (calibrate_command, plan_command, apply_command, audit_command, report_command):
     cli.add_command(_command)
 
 
@@ -109,6 +110,7 @@ for _command in (calibrate_command, plan_command, apply_command):
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--only", metavar="REGEX", help="Cut only sites whose name matches.")
 @click.option("--freeze", metavar="REGEX", help="Never cut sites whose name matches.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="PATH", help="One offline page to write.")
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -124,6 +126,7 @@ def compile_command(
     fidelity: float | None,
     keep: tuple[str, ...],
     outputs: tuple[str, ...],
+    html: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -132,6 +135,7 @@ def compile_command(
     **chosen: Any,
 ) -> None:
     """Compile MODEL into a smaller, verified ONNX file."""
+    from mscompile.files import output_conflict, staged
     from mscompile.options import Options
     from mscompile.pipeline import compile_model
 
@@ -142,6 +146,8 @@ def compile_command(
     if fidelity is not None:
         chosen["fidelity"] = fidelity
     options = Options(keep=parse_keep(keep), output=parse_outputs(outputs), **chosen)
+    if html is not None:
+        output_conflict([html], force=force, inputs=[model])
     silent = quiet or as_json
     with bars(silent=silent) as progress:
         result = compile_model(
@@ -155,6 +161,11 @@ def compile_command(
             progress=progress,
             on_warning=lambda text: None if silent else say(f"warning: {plain(text, 1000)}", fg="yellow"),
         )
+    if html is not None and not dry_run:
+        from mscompile.pages import compile_html
+
+        with staged(html) as draft:
+            draft.write_text(compile_html(result.report), encoding="utf-8")
     if as_json:
         answer(ascii_json(result.report.model_dump_json()))
         return

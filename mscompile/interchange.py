@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from mscompile.checks import check_full_source, check_patches, cuts_all_paths
 from mscompile.data import Samples
-from mscompile.errors import DataError, VerificationError
 from mscompile.interventions import Feed, Intervened, Setting
 from mscompile.metrics import Metric, default_metric
 from mscompile.operators import IntArray
@@ -185,13 +185,13 @@ class Engine:
         own: bool = False,
     ) -> Trials:
         """One batch under given masks; a batch shorter than the others is filled up, for models of a fixed batch size."""
-        full = _padding(len(base), self.batch_size if self._fixed else 0)
-        rows = np.concatenate([np.arange(len(base)), np.zeros(full, dtype=np.int64)])
+        missing = self.batch_size - len(base) if self._fixed else 0
+        rows = np.concatenate([np.arange(len(base)), np.zeros(max(missing, 0), dtype=np.int64)])
         base_feed, source_feed = (samples.take(part[rows]).inputs for part in (base, source))
         padded = [mask[rows] for mask in masks]
         values = self.dense.read(source_feed, [site.dense.tensor for site in self.pair.sites])
-        dense = self.dense.run(base_feed, self._dense_settings(padded, values), [self.output])[self.output]
-        matched = self._run_compiled(base_feed, self._matched_settings(padded, values))
+        dense = self.dense.run(base_feed, self.dense_settings(padded, values), [self.output])[self.output]
+        matched = self._run_compiled(base_feed, self.matched_settings(padded, values))
         mine = None
         if own:
             values = self.compiled.read(source_feed, [site.compiled.tensor for site in self.pair.sites])
@@ -205,7 +205,8 @@ class Engine:
     def _run_compiled(self, inputs: Feed, settings: dict[str, Setting]) -> npt.NDArray[Any]:
         return self.compiled.run(inputs, settings, [self.answer])[self.answer]
 
-    def _dense_settings(self, masks: Sequence[npt.NDArray[np.bool_]], values: Arrays) -> dict[str, Setting]:
+    def dense_settings(self, masks: Sequence[npt.NDArray[np.bool_]], values: Arrays) -> dict[str, Setting]:
+        """Swapped units of the dense model, given the source's values."""
         settings: dict[str, Setting] = {}
         for site, mask in zip(self.pair.sites, masks, strict=True):
             wide = np.zeros((len(mask), site.size), dtype=np.bool_)
@@ -213,7 +214,8 @@ class Engine:
             settings[site.dense.tensor] = (wide, values[site.dense.tensor])
         return settings
 
-    def _matched_settings(self, masks: Sequence[npt.NDArray[np.bool_]], values: Arrays) -> dict[str, Setting]:
+    def matched_settings(self, masks: Sequence[npt.NDArray[np.bool_]], values: Arrays) -> dict[str, Setting]:
+        """The same units of the compiled model, with the dense model's values."""
         settings: dict[str, Setting] = {}
         for site, mask in zip(self.pair.sites, masks, strict=True):
             value = values[site.dense.tensor]
@@ -238,10 +240,6 @@ class Engine:
         return np.concatenate(dense), np.concatenate(compiled)
 
 
-def _padding(count: int, size: int) -> int:
-    return max(size - count, 0)
-
-
 def _whole(site: Correspondence) -> bool:
     return site.width == site.size and np.array_equal(site.origin, np.arange(site.size))
 
@@ -253,71 +251,6 @@ def _moved(values: npt.NDArray[Any], site: Correspondence) -> npt.NDArray[Any]:
     return np.moveaxis(values, site.dense.axis, site.compiled.axis)
 
 
-# --- self-checks ------------------------------------------------------------------------------------------------------
-
-
-def check_patches(name: str, model: Intervened, batch: Feed, output: str) -> None:
-    """Null and self patch.
-
-    Raises
-    ------
-    VerificationError
-        One of them changes an output.
-    """
-    values = model.read(batch)
-    count = len(next(iter(batch.values())))
-    for check, value in (("null", False), ("self", True)):
-        settings: dict[str, Setting] = {
-            patch.tensor: (np.full((count, values[patch.tensor].shape[patch.axis]), value), values[patch.tensor])
-            for patch in model.patches
-        }
-        if not unchanged(model.run(batch, settings, [output])[output], values[output]):
-            raise VerificationError(
-                f"the {check} patch changes the {name} model",
-                where=f"output {output!r}",
-                why="an intervention that changes nothing must leave every output bit as it is",
-                hint="the model may be random or keep state between runs; otherwise please report a bug",
-            )
-
-
-def check_full_source(model: Intervened, batch: Feed, output: str) -> None:
-    """All channels of sites that lie on every path, set to what they are on other inputs, give the outputs of these.
-
-    Raises
-    ------
-    VerificationError
-        They do not.
-    """
-    values = model.read(batch)
-    turned = {name: np.ascontiguousarray(array[::-1]) for name, array in batch.items()}
-    count = len(next(iter(batch.values())))
-    settings: dict[str, Setting] = {
-        patch.tensor: (np.ones((count, values[patch.tensor].shape[patch.axis]), dtype=np.bool_), values[patch.tensor])
-        for patch in model.patches
-    }
-    if not unchanged(model.run(turned, settings, [output])[output], values[output]):
-        raise VerificationError(
-            "the full-source patch does not reproduce the source",
-            where=f"output {output!r}",
-            why="the sites lie on every path, so that all their values determine the outputs",
-            hint="the model may be random or keep state between runs; otherwise please report a bug",
-        )
-
-
-def unchanged(found: npt.NDArray[Any], plain: npt.NDArray[Any]) -> bool:
-    """Whether outputs are bit for bit the same; for 16-bit floats, to a few units in the last place.
-
-    onnxruntime computes those in float32 and rounds at the tensors that an intervention adds to the graph.
-    """
-    if found.dtype.itemsize > 2 or found.dtype.kind in "iub?":
-        return np.array_equal(found, plain, equal_nan=found.dtype.kind == "f")
-    a, b = found.astype(np.float64), plain.astype(np.float64)
-    digits = 10 if found.dtype == np.float16 else 7
-    return bool(
-        np.allclose(a, b, rtol=0.0, atol=8 * 2.0**-digits * float(np.nanmax(np.abs(b), initial=0.0)), equal_nan=True)
-    )
-
-
 def compared_output(model: onnx.ModelProto) -> str:
     """The first output of floating point; the first where there is none."""
     for output in model.graph.output:
@@ -325,45 +258,3 @@ def compared_output(model: onnx.ModelProto) -> str:
         if np.dtype(dtype).kind not in "iub?SO":
             return str(output.name)
     return str(model.graph.output[0].name)
-
-
-def cuts_all_paths(model: onnx.ModelProto, tensors: Sequence[str], output: str) -> bool:
-    """Whether every path from a model input to `output` passes one of `tensors`."""
-    inputs = {i.name for i in model.graph.input} - {i.name for i in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output if name}
-    waiting, seen = [output], set(tensors)
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        if name in inputs:
-            return False
-        seen.add(name)
-        if name in producers:
-            node = producers[name]
-            if any(a.HasField("g") or a.graphs for a in node.attribute):
-                return False  # a subgraph may use any tensor
-            waiting += [i for i in node.input if i]
-    return True
-
-
-def check_shapes(pair: Pair, values: Arrays, found: Arrays) -> None:
-    """Refuse a tau whose sites do not have the channels it speaks of.
-
-    Raises
-    ------
-    DataError
-        One does not.
-    """
-    for site in pair.sites:
-        for patch, size, where in (
-            (site.dense, site.size, values[site.dense.tensor]),
-            (site.compiled, site.width, found[site.compiled.tensor]),
-        ):
-            if where.ndim != patch.rank or where.shape[patch.axis] != size:
-                raise DataError(
-                    "a site is not what tau says",
-                    where=patch.tensor,
-                    why=f"its shape is {where.shape}, tau expects {size} channels on axis {patch.axis}",
-                    hint="give the tau of this pair with --tau",
-                )

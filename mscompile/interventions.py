@@ -57,7 +57,11 @@ class Intervened:
 
     def run(self, inputs: Feed, settings: Mapping[str, Setting], outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs where the units that `settings` names by tensor are set, and everything behind them is recomputed."""
-        feeds = dict(self._cast(inputs))
+        return self._patched.run(self.feeds(inputs, settings), outputs if outputs is not None else self.outputs)
+
+    def feeds(self, inputs: Feed, settings: Mapping[str, Setting]) -> Arrays:
+        """What the patched graph is given, see `surgery.patched`."""
+        feeds: Arrays = dict(self._cast(inputs))
         for patch in self.patches:
             mask_name, source_name = MASK + patch.tensor, SOURCE + patch.tensor
             dtype = self._dtypes[source_name]
@@ -70,7 +74,7 @@ class Intervened:
                 mask = np.repeat(mask, values.shape[0] // len(mask), axis=0)
             feeds[mask_name] = patch.mask(mask)
             feeds[source_name] = values.astype(dtype, copy=False)
-        return self._patched.run(feeds, outputs if outputs is not None else self.outputs)
+        return feeds
 
     def _cast(self, inputs: Feed) -> Feed:
         """Inputs in the model's own floating-point types: a 16-bit model reads the same data as its dense original."""

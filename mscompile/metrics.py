@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.special
+
+from mscompile.errors import UsageError
 
 Array = npt.NDArray[Any]
 
@@ -89,6 +93,36 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+def choose_metric(chosen: str | Metric | None, default: Metric) -> Metric:
+    """A metric by its name, as it is, or from a function ``script.py:function``; `default` for None.
+
+    The function takes the outputs of both models, [samples, …], and returns [samples] losses in [0, 1]. Its name in reports
+    carries the digest of the script.
+
+    Raises
+    ------
+    UsageError
+        There is no such metric.
+    """
+    if chosen is None or isinstance(chosen, Metric):
+        return default if chosen is None else chosen
+    if chosen in METRICS:
+        return METRICS[chosen]
+    path, _, function = chosen.partition("#")[0].rpartition(":")
+    try:
+        content = Path(path).read_bytes()
+        found: dict[str, Any] = {"__name__": "mscompile_metric"}
+        exec(compile(content, path, "exec"), found)  # noqa: S102  # asked for by path
+        return Metric(f"{path}:{function}#{hashlib.sha256(content).hexdigest()[:16]}", found[function], classes=False)
+    except Exception as error:
+        raise UsageError(
+            "there is no such metric",
+            where=chosen,
+            why=f"{type(error).__name__}: {error}"[:400],
+            hint=f"give one of {', '.join(METRICS)}, or script.py:function",
+        ) from error
+
+
 def default_metric(output: Array) -> Metric:
     """Equality of integers; class scores where the last axis has at least two entries; else the distance."""
     if output.dtype.kind in "iub":
@@ -115,47 +149,53 @@ def relative_mse(wanted: npt.NDArray[np.float64], found: npt.NDArray[np.float64]
     return difference.relative_mse
 
 
+class Scatter:
+    """Σ ‖x − mean of x‖² over samples, summed up batch by batch (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+        self._mean: npt.NDArray[np.float64] | float = 0.0
+
+    def add(self, values: npt.NDArray[np.float64]) -> None:
+        """Take in [samples, …] values."""
+        if not len(values):
+            return
+        mean, count = values.mean(axis=0), self.count + len(values)
+        self.total += float(np.square(values - mean).sum())
+        self.total += self.count * len(values) / count * float(np.square(mean - self._mean).sum())
+        self._mean = self._mean + (mean - self._mean) * (len(values) / count)
+        self.count = count
+
+
 class Difference:
     """How far outputs lie apart, summed up batch by batch.
 
     Attributes
     ----------
-    count
-        Samples seen.
     squared
         Σ ‖wanted − found‖² over samples.
+    scatter
+        Of what is wanted.
     """
 
     def __init__(self, *, classes: bool) -> None:
         self.classes = classes
-        self.count, self.entries, self.squared = 0, 1, 0.0
-        self._kl, self._scatter = 0.0, 0.0
-        self._mean: npt.NDArray[np.float64] | None = None
+        self.scatter, self.squared, self._kl = Scatter(), 0.0, 0.0
 
     def add(self, wanted: Array, found: Array) -> None:
         """Take in [samples, …] outputs."""
         y, z = wanted.astype(np.float64), found.astype(np.float64)
-        if not len(y):
-            return
+        self.scatter.add(y)
         self.squared += float(np.square(y - z).sum())
-        if self.classes:
+        if self.classes and len(y):
             self._kl += kl_divergence(y, z) * len(y)
-        mean = y.mean(axis=0)
-        self._scatter += float(np.square(y - mean).sum())  # around the batch's mean, then moved to that of all
-        if self._mean is None:
-            self._mean, self.entries = mean, max(mean.size, 1)
-        else:
-            total = self.count + len(y)
-            self._scatter += self.count * len(y) / total * float(np.square(mean - self._mean).sum())
-            self._mean = self._mean + (mean - self._mean) * (len(y) / total)
-        self.count += len(y)
 
     @property
     def relative_mse(self) -> float:
         """Squared difference over the scatter of what is wanted around its mean."""
-        return self.squared / max(self._scatter, float(np.finfo(np.float64).tiny) * self.entries * max(self.count, 1))
+        return self.squared / max(self.scatter.total, float(np.finfo(np.float64).tiny))
 
     @property
     def kl(self) -> float | None:
         """Mean KL divergence in nats, for class scores."""
-        return self._kl / max(self.count, 1) if self.classes else None
+        return self._kl / max(self.scatter.count, 1) if self.classes else None

@@ -117,7 +117,7 @@ def compile_model(
         else compile_from_data(source, samples, options, clock, progress)
     )
     warnings += result.warnings
-    compiled = stamp(result.compiled.model, result.plan, source.sha256)
+    compiled = stamp(result.compiled, result.plan, source.sha256)
     _document(compiled, source.model)
     with clock.time("save"):
         sha256, size = _write_model(compiled, target, external=external)

@@ -34,13 +34,18 @@ class FileReport(_Section):
 
 
 class DataReport(_Section):
-    """The data and how it was split: `calibrate` to fit, `choose` to choose among candidates, `certify` to certify."""
+    """The data and how it was split: `calibrate` to fit, `choose` to choose among candidates, `certify` to certify.
+
+    `fingerprints` are the first 48 bits of the sha256 of each sample's inputs, sorted, as base64: an audit can then tell
+    whether its data took part.
+    """
 
     source: Text
     sha256: str
     samples: int
     split: dict[str, int]
     seed: int
+    fingerprints: str
     notes: list[Text]
 
 

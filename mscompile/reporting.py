@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
+from mscompile.disjointness import encode, fingerprints
 from mscompile.inspection import Inspection, inspect_scm, readers_of
 from mscompile.options import Options
 from mscompile.plan import Plan
@@ -27,6 +28,7 @@ from mscompile.report import (
     SiteReport,
     SizeReport,
 )
+from mscompile.rewrite import Compiled
 from mscompile.runtime import Session
 from mscompile.search import Clock, Result
 from mscompile.sizes import Sizes, count_macs, count_parameters, measure_latency
@@ -95,6 +97,7 @@ def build_report(
             samples=len(samples),
             split={name: len(part) for name, part in result.parts.items()},
             seed=options.seed,
+            fingerprints=encode(fingerprints(samples)),
             notes=list(samples.notes),
         ),
         sites=_site_reports(source, result, inspection),
@@ -156,12 +159,22 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(plan.to_json().encode()).hexdigest()
 
 
-def stamp(model: ir.Model, plan: Plan, sha256: str) -> ir.Model:
-    """Write version, digests and tau into the model's metadata, where something was compiled."""
+def stamp(compiled: Compiled, plan: Plan, sha256: str) -> ir.Model:
+    """Write version, digests and tau into the model's metadata, where something was compiled.
+
+    ``channels`` says, for each site, the axis and the dense channel that each channel was; tau, which of them are retained.
+    """
+    model = compiled.model
     if plan.sites:
         tau = {site.tensor: site.kept.tolist() for site in plan.sites}
         model.metadata_props["pkg.mscompile.version"] = __version__
         model.metadata_props["pkg.mscompile.model_sha256"] = sha256
         model.metadata_props["pkg.mscompile.plan_sha256"] = plan_digest(plan)
+        channels = {
+            site.tensor: (site.axis, left.tolist())
+            for site in plan.sites
+            if (left := compiled.alignment.get(site.tensor)) is not None
+        }
+        model.metadata_props["pkg.mscompile.channels"] = json.dumps(channels, separators=(",", ":"))
         model.metadata_props["pkg.mscompile.tau"] = json.dumps(tau, separators=(",", ":"))
     return model

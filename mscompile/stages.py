@@ -252,7 +252,7 @@ def apply_plan(
     if samples is not None and plan.sites:
         pair = make_pair(dense.model, compiled.model, plan, dense.ranks, compiled.alignment)
         error = fold_error(pair, plan, samples, dense.batch or options.batch_size)
-    stamped: ir.Model = stamp(compiled.model, plan, dense.sha256)
+    stamped: ir.Model = stamp(compiled, plan, dense.sha256)
     if output is not None:
         save_model(stamped, output)
     return Application(compiled, error, output)

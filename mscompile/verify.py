@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mscompile.certificate import risk_bound
+from mscompile.checks import FOLD_TOLERANCE
 from mscompile.data import Samples
 from mscompile.errors import VerificationError
 from mscompile.interchange import Correspondence, Engine, Law, Pair, disjoint_pairs
@@ -26,10 +27,17 @@ from mscompile.plan import Plan, SitePlan
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.surgery import Do, Patch, Reweighted, replaced
 
-__all__ = ["Fidelity", "Interchange", "Law", "Pair", "fold_error", "make_pair", "relative_mse", "replacement_of"]
-
-FOLD_TOLERANCE = 1e-4
-"""Largest fold error, in standard deviations of the output: float32 rounding through tens of layers stays below it."""
+__all__ = [
+    "FOLD_TOLERANCE",
+    "Fidelity",
+    "Interchange",
+    "Law",
+    "Pair",
+    "fold_error",
+    "make_pair",
+    "relative_mse",
+    "replacement_of",
+]
 
 
 def make_pair(

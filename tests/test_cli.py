@@ -210,7 +210,7 @@ def test_patterns_choose_sites(run: Run, small: Path, option: str, expected: lis
         ("--fidelity nan", ("fidelity = nan",)),
         ("--only [", ("only = '['", "regular expression")),
         ("--freeze (", ("freeze = '('", "regular expression")),
-        ("--metric foo", ("argmax, distance, cosine",)),
+        ("--metric foo", ("argmax, kl, distance, cosine",)),
         ("--objective foo", ("logit-mse",)),
         ("--replacement foo", ("constant",)),
         ("--law foo", ("all-sites",)),

@@ -14,7 +14,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LINKS = ("passes", "models")
-SHIPPED = {"py.typed", "report.schema.json", "models/digits.onnx", "models/digits.calib.npz", "models/digits.md"}
+SHIPPED = {
+    "py.typed",
+    "report.schema.json",
+    "audit.schema.json",
+    "pages/page.css",
+    "pages/base.html",
+    "pages/audit.html",
+    "pages/compile.html",
+    "pages/audit.md",
+    "pages/compile.md",
+    "models/digits.onnx",
+    "models/digits.calib.npz",
+    "models/digits.md",
+}
 
 pytest.importorskip("setuptools", minversion="77")
 if not (ROOT / "pyproject.toml").is_file():

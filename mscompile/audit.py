@@ -1,0 +1,170 @@
+"""The audit: is the compiled model an abstraction of the dense one? For any two ONNX files, whoever made them.
+
+    open both ─▶ read data, compare digests ─▶ tau ─▶ self-checks ─▶ claims, trial by trial ─▶ laws, explanation
+
+Nothing that rewrites a model for compiling is used here: interventions are graph surgery on throw-away copies. Explanations
+may borrow the compiler's statistics; no verdict depends on them.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from mscompile import counterexample
+from mscompile.audit_inputs import open_model, read_data
+from mscompile.audit_report import AuditedData, AuditReport, Check, Claim
+from mscompile.audit_setup import AuditOptions, Setup, prepare
+from mscompile.certificate import Verdict
+from mscompile.claims import compare, decide_claims, measure_laws, measure_plain
+from mscompile.data import Source
+from mscompile.metrics import choose_metric
+from mscompile.runtime import Progress, no_progress
+from mscompile.version import __version__
+
+
+def audit(
+    dense: str | Path,
+    compiled: str | Path,
+    data: Source,
+    options: AuditOptions | None = None,
+    *,
+    tau: Path | None = None,
+    plan: Path | None = None,
+    calib: Source | None = None,
+    against: Path | None = None,
+    output: Path | None = None,
+    command: str = "",
+    progress: Progress = no_progress,
+) -> AuditReport:
+    """Test whether `compiled` is an abstraction of `dense` on the population that `data` comes from.
+
+    Parameters
+    ----------
+    tau, plan
+        Files that say how units correspond; by default the compiled file's metadata or, without, its weights say so.
+    calib
+        The data that `compiled` was made with, to be told apart; by default digests in the report beside it.
+    against
+        Another compiled model, compared on the same trials.
+    output
+        The certificate's file. It is not written here; a counterexample goes into a folder beside it.
+
+    Returns
+    -------
+    AuditReport
+        The certificate, sealed by its digest.
+
+    Raises
+    ------
+    MscompileError
+        The audit could not be made, or a self-check failed.
+    """
+    options = options or AuditOptions()
+    ours, theirs = open_model(Path(dense)), open_model(Path(compiled))
+    audited = read_data(data, ours, theirs, calib=calib, labels=options.labels, limit=options.samples, shared=options.shared)
+    setup = prepare(ours, theirs, audited.samples, options, tau=tau, plan=plan)
+    metric = choose_metric(options.metrics[0], setup.metric)
+    claims = [tested.claim for tested in decide_claims(setup, options, progress)]
+    comparison = None
+    if against is not None:
+        other = prepare(ours, open_model(against), audited.samples, replace(options, batch_size=setup.engine.batch_size))
+        setup.engine.batch_size = other.engine.batch_size = min(setup.engine.batch_size, other.engine.batch_size)
+        comparison = compare(setup, other, options, progress)
+    explanation = found = None
+    if options.explain:
+        from mscompile.explanation import explain
+
+        explanation = explain(setup, options, progress)
+        case = counterexample.find(setup, options)
+        if case is not None:
+            folder = None if output is None else output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
+            found = case.report if folder is None else counterexample.write(case, setup, folder)
+    verdict, because = _judge(claims, setup.checks, audited.report)
+    return AuditReport(
+        versions={
+            "mscompile": __version__,
+            "numpy": np.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": ort.__version__,
+            "python": platform.python_version(),
+        },
+        command=command,
+        verdict=verdict,
+        because=because,
+        dense=ours.file,
+        compiled=theirs.file,
+        tau_origin=setup.tau.origin,
+        tau=list(setup.sites),
+        data=audited.report,
+        output=setup.engine.output,
+        seed=options.seed,
+        batch_size=setup.engine.batch_size,
+        trials_most=options.trials,
+        checks=list(setup.checks),
+        claims=claims,
+        laws=measure_laws(setup, options, progress),
+        plain=measure_plain(setup, metric),
+        explanation=explanation,
+        counterexample=found,
+        comparison=comparison,
+        scope=_scope(claims, audited.report, setup),
+        warnings=[*audited.report.notes, *setup.notes],
+    ).sealed()
+
+
+def _judge(claims: Sequence[Claim], checks: Sequence[Check], data: AuditedData) -> tuple[Verdict, str]:
+    """The verdict over all claims, and what it rests on."""
+    for check in checks:
+        if check.name == "fold" and check.passed is False:
+            return "refuted", check.detail
+    refuted = [c for c in claims if c.verdict == "refuted"]
+    if refuted:
+        c = refuted[0]
+        return "refuted", f"IIA is at most {c.iia_upper:.4f} ({c.law}, swap {c.swap:g}, {c.convention} values, {c.metric})"
+    failed = [check for check in checks if check.passed is False]
+    if failed:
+        return "undecided", f"a self-check failed ({failed[0].name}): the audit would not have seen the defect"
+    if data.disjoint == "no":
+        return "undecided", f"{data.shared} audit samples took part in making the compiled model: they cannot certify it"
+    open_ = [c for c in claims if c.verdict == "undecided"]
+    if open_:
+        c = open_[0]
+        return "undecided", (
+            f"{c.trials} trials leave IIA between {c.iia_lower:.4f} and {c.iia_upper:.4f} ({c.law}, swap {c.swap:g}, "
+            f"{c.convention} values, {c.metric}): more data would decide"
+        )
+    least = min(claims, key=lambda c: c.iia_lower)
+    return (
+        "certified",
+        f"IIA is at least {least.fidelity:g} in every claim, with confidence {1 - sum(c.delta for c in claims):g}",
+    )
+
+
+def _scope(claims: Sequence[Claim], data: AuditedData, setup: Setup) -> list[str]:
+    """What the certificate speaks of, and what not."""
+    laws = dict.fromkeys(f"{c.law} with swap probability {c.swap:g}" for c in claims)
+    sentences = [
+        f"It speaks of interchange by {', '.join(laws)}; other laws in the table are measured, not certified.",
+        "It speaks of the population that the audit examples were drawn from, independently, and of no other inputs; each "
+        "example was in one pair at most.",
+        f"Units were set at {len(setup.tau.sites)} sites; what is not in tau was not intervened on.",
+        "It says how alike two models answer under intervention, not that either answers well.",
+    ]
+    if data.disjoint == "unknown":
+        sentences.append(
+            "Whether audit examples took part in making the compiled model is not known: no digests of them were at hand."
+        )
+    elif data.disjoint == "no":
+        sentences.append(f"{data.shared} audit examples took part in making the compiled model.")
+    else:
+        sentences.append(f"No audit example is among those of {data.compared_with}.")
+    if setup.tau.origin == "weights":
+        sentences.append("Which unit is which was inferred from the weights.")
+    return sentences

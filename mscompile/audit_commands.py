@@ -1,0 +1,268 @@
+"""The commands `audit` and `report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mscompile.errors import GoalError, UsageError, VerificationError
+from mscompile.terminal import answer, ascii_json, bars, plain, say, sentence, table, width_of
+
+if TYPE_CHECKING:
+    from mscompile.audit_report import AuditReport
+
+EXIT = {"certified": 0, "refuted": VerificationError.exit_code, "undecided": GoalError.exit_code}
+PATH = click.Path(path_type=Path)
+
+
+@click.command("audit")
+@click.argument("dense", type=PATH, required=False)
+@click.argument("compiled", type=PATH, required=False)
+@click.option(
+    "--data", metavar="SRC", help="Audit data that took no part in compiling: .npz, .npy, .safetensors, folder, script.py."
+)
+@click.option("--fidelity", type=float, default=0.95, show_default=True, metavar="F", help="IIA to certify.")
+@click.option(
+    "--law", "laws", multiple=True, default=("one-site",), show_default=True, help="one-site or all-sites. Repeatable."
+)
+@click.option(
+    "--swap", "swaps", type=float, multiple=True, default=(0.1,), show_default=True, help="Swap probability. Repeatable."
+)
+@click.option(
+    "--convention", "conventions", multiple=True, default=("matched",), show_default=True,
+    help="Values patched into the compiled model: matched (the dense model's) or own. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--metric", "metrics", multiple=True,
+    help="Agreement: argmax, kl, cosine, distance, equality, script.py:function. Repeatable. [default: by the output]",
+)  # fmt: skip
+@click.option("--delta", type=float, default=0.05, show_default=True, help="Error probability, shared by all claims.")
+@click.option("--trials", type=click.IntRange(min=1), metavar="N", help="Interchanges per claim at most.")
+@click.option(
+    "--tau", type=PATH, metavar="FILE", help="JSON: which units correspond. [default: metadata, or by the weights]"
+)
+@click.option(
+    "--plan", type=PATH, metavar="FILE", help="Plan that was carried out. [default: beside COMPILED, where it fits]"
+)
+@click.option(
+    "--calib", metavar="SRC", help="Data that COMPILED was made with, to tell apart. [default: its report's digests]"
+)
+@click.option(
+    "--shared", type=click.Choice(["refuse", "drop", "keep"]), default="refuse", show_default=True,
+    help="Audit samples that took part in compiling: refuse them, leave them out, or keep them, uncertified.",
+)  # fmt: skip
+@click.option("--against", type=PATH, metavar="OTHER", help="Another compiled model to compare with on the same trials.")
+@click.option(
+    "--table", type=click.IntRange(min=0), default=500, show_default=True, help="Interchanges per line of the table."
+)
+@click.option("--explain/--no-explain", default=True, show_default=True, help="Look for what explains the number.")
+@click.option("--replay", type=PATH, metavar="CERTIFICATE", help="Run a certificate's trials again, and compare.")
+@click.option("-o", "--output", type=PATH, help="Certificate to write. [default: COMPILED.audit.json]")
+@click.option("--html", type=PATH, metavar="PATH", help="One offline page to write.")
+@click.option("--markdown", type=PATH, metavar="PATH", help="Markdown to write.")
+@click.option("--statement", type=PATH, metavar="PATH", help="Unsigned in-toto Statement to write.")
+@click.option("--labels", metavar="NAME", help="Name of the labels in the data.")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite existing outputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the certificate as one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the verdict only.")
+@click.option("-v", "--verbose", count=True, help="-vv: tracebacks.")
+@click.pass_obj
+def audit_command(
+    command: str,
+    /,
+    dense: Path | None,
+    compiled: Path | None,
+    data: str | None,
+    replay: Path | None,
+    output: Path | None,
+    html: Path | None,
+    markdown: Path | None,
+    statement: Path | None,
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+    verbose: int,
+    **chosen: Any,
+) -> int:
+    """Is COMPILED an abstraction of DENSE? Any two ONNX files, whoever made them.
+
+    Exit code 0: certified, 5: refuted, 6: undecided within the data given.
+    """
+    del verbose
+    if replay is not None:
+        return _replay(replay, dense, compiled, data, silent=quiet or as_json)
+    if dense is None or compiled is None or data is None:
+        raise UsageError(
+            "an audit needs two models and data",
+            where="mscompile audit DENSE COMPILED --data SRC",
+            why="data that chose a model cannot certify it, so none is looked for",
+            hint="give samples that took no part in training or compiling",
+        )
+    from mscompile.audit import audit
+    from mscompile.audit_setup import AuditOptions
+    from mscompile.files import output_conflict
+
+    target = output if output is not None else compiled.with_suffix(".audit.json")
+    written = [path for path in (target, html, markdown, statement) if path is not None]
+    output_conflict(written, force=force, inputs=[dense, compiled, *([Path(data)] if Path(data).is_file() else [])])
+    files = {name: chosen.pop(name) for name in ("tau", "plan", "calib", "against")}
+    chosen["metrics"] = chosen["metrics"] or (None,)
+    with bars(silent=quiet or as_json) as progress:
+        report = audit(
+            dense, compiled, data, AuditOptions(**chosen), **files, output=target, command=command, progress=progress
+        )
+    _write(report, target, html, markdown, statement)
+    if as_json:
+        answer(ascii_json(report.to_json()))
+    else:
+        if not quiet:
+            say("\n".join(_lines(report, width_of(sys.stderr), target)))
+        answer(f"{report.verdict}: {plain(report.because, 1000)}")
+    return EXIT[report.verdict]
+
+
+def _replay(certificate: Path, dense: Path | None, compiled: Path | None, data: str | None, *, silent: bool) -> int:
+    from mscompile.replay import replay
+
+    if not certificate.is_file():
+        raise UsageError(
+            "there is no such file", where=str(certificate), why="a certificate was to be read", hint="check the path"
+        )
+    with bars(silent=silent) as progress:
+        found = replay(certificate, dense, compiled, data, progress)
+    for text in found.differences:
+        say(f"differs: {plain(text, 1000)}", fg="yellow")
+    totals = "; ".join(f"S = {c.disagreements:g} of n = {c.trials:,}" for c in found.claims)
+    if found.differences:
+        answer(f"not reproduced: {totals}")
+        return VerificationError.exit_code
+    answer(f"reproduced: {totals}; the certificate says {found.report.verdict}")
+    return 0
+
+
+def _write(report: AuditReport, target: Path, html: Path | None, markdown: Path | None, statement: Path | None) -> None:
+    import datetime
+
+    from mscompile.files import staged
+    from mscompile.pages import audit_html, audit_markdown
+    from mscompile.statement import statement_text
+
+    now = datetime.datetime.now(datetime.UTC)
+    texts = (
+        (target, report.to_json()),
+        (html, html and audit_html(report)),
+        (markdown, markdown and audit_markdown(report)),
+    )
+    for path, text in (*texts, (statement, statement and statement_text(report, now))):
+        if path and text:
+            with staged(path) as draft:
+                draft.write_text(str(text), encoding="utf-8")
+
+
+@click.command("report")
+@click.argument("report", type=PATH)
+@click.option("--html", type=PATH, metavar="PATH", help="Page to write. [default: REPORT.html, unless --markdown is given]")
+@click.option("--markdown", type=PATH, metavar="PATH", help="Markdown to write.")
+@click.option("--force", is_flag=True, help="Overwrite existing outputs.")
+@click.option("-v", "--verbose", count=True, help="-vv: tracebacks.")
+def report_command(report: Path, html: Path | None, markdown: Path | None, force: bool, verbose: int) -> None:
+    """Render the REPORT of a compile, or the certificate of an audit, as one offline page or as Markdown."""
+    del verbose
+    from mscompile.files import output_conflict, staged
+    from mscompile.pages import render
+
+    if html is None and markdown is None:
+        html = report.with_suffix(".html")
+    output_conflict([path for path in (html, markdown) if path is not None], force=force, inputs=[report])
+    for path, kind in ((html, "html"), (markdown, "markdown")):
+        if path is not None:
+            text = render(report, kind)
+            with staged(path) as draft:
+                draft.write_text(text, encoding="utf-8")
+            answer(str(path))
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def _lines(report: AuditReport, width: int, target: Path) -> Iterator[str]:
+    for warning in report.warnings:
+        yield from sentence(f"warning: {plain(warning, 1000)}", width)
+    units = sum(len(site.dense_channels) for site in report.tau)
+    origin = {
+        "given": "as given",
+        "plan": "from the plan",
+        "metadata": "from the metadata",
+        "weights": "inferred from weights",
+    }
+    yield from sentence(f"tau: {units:,} units at {len(report.tau)} sites, {origin[report.tau_origin]}", width)
+    failed = [check for check in report.checks if check.passed is False]
+    passed = sum(check.passed is True for check in report.checks)
+    yield from sentence(f"self-checks: {passed} passed" + "".join(f"; FAILED {c.name}: {c.detail}" for c in failed), width)
+    yield ""
+    rows = [
+        (c.law, f"{c.swap:g}", c.convention, plain(c.metric), f"{c.fidelity:g}", f"{c.iia:.4f}", f"{c.iia_lower:.4f}",
+         f"{c.iia_upper:.4f}", f"{c.trials:,}", c.verdict)
+        for c in report.claims
+    ]  # fmt: skip
+    yield from table(("claim", "swap", "values", "metric", "goal", "IIA", "least", "most", "trials", "verdict"), rows, width)
+    if report.laws:
+        yield ""
+        laws = [
+            (
+                r.law,
+                f"{r.swap:g}",
+                f"{r.iia_matched:.4f}",
+                f"{r.iia_own:.4f}",
+                f"{r.logit_mse_relative:.3g}",
+                f"{r.trials:,}",
+            )
+            for r in report.laws
+        ]
+        yield from table(("law", "swap", "IIA matched", "own", "logit MSE", "trials"), laws, width)
+    yield ""
+    yield from _explanation(report, width)
+    yield from sentence(plain(f"certificate: {target}"), width)
+
+
+def _explanation(report: AuditReport, width: int) -> Iterator[str]:
+    agreement = f"without intervention: agreement {report.plain.agreement:.4f}"
+    if report.plain.accuracy_dense is not None and report.plain.accuracy_compiled is not None:
+        agreement += f"; accuracy {report.plain.accuracy_dense:.4f} dense, {report.plain.accuracy_compiled:.4f} compiled"
+    yield from sentence(agreement, width)
+    if report.explanation is not None:
+        blame, unmapped = report.explanation.blame, report.explanation.unmapped
+        if blame.floor is not None:
+            yield from sentence(
+                f"logit MSE {blame.measured:.3g}; at best {blame.floor:.3g} with these units: {blame.set:.3g} for what was "
+                f"cut, {blame.law:.3g} for what interchange leaves at base; {blame.fold:.3g} more by this fold",
+                width,
+            )
+        if unmapped is not None:
+            yield from sentence(
+                f"units outside tau resampled: the dense answer stays in {unmapped.agreement:.4f} of {unmapped.trials:,}",
+                width,
+            )
+    if report.counterexample is not None:
+        units = sum(len(channels) for channels in report.counterexample.swapped.values())
+        where = "" if report.counterexample.folder is None else f", in {plain(report.counterexample.folder)}"
+        yield from sentence(
+            f"counterexample: {units} of {report.counterexample.swapped_before} swapped units suffice{where}", width
+        )
+    if report.comparison is not None:
+        c = report.comparison
+        yield from sentence(
+            plain(
+                f"{c.other.path}: IIA {c.iia_other:.4f} against {c.iia:.4f}; it disagrees more often by "
+                f"{c.difference:.4f} ({c.difference_lower:.4f} to {c.difference_upper:.4f})",
+                1000,
+            ),
+            width,
+        )

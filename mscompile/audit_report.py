@@ -1,0 +1,273 @@
+"""The certificate of an audit: what was asked, what was run, what was found, and what it does not say.
+
+It holds all that is needed to run the trials again. Its JSON Schema is shipped as ``audit.schema.json``; write it again
+after a change with ``python -m mscompile.audit_report``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from mscompile.certificate import Verdict
+from mscompile.errors import UsageError, VerificationError
+from mscompile.interchange import Law
+
+SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("audit.schema.json")
+
+Convention = Literal["matched", "own"]
+Text = Annotated[
+    str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode() if isinstance(text, str) else text)
+]
+"""Text from the file system, where names may hold bytes that are no characters."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AuditedFile(_Section):
+    """A file and its digest."""
+
+    path: Text
+    sha256: str
+
+
+class AuditedData(_Section):
+    """The data, and whether it took part in making the compiled model.
+
+    `disjoint` is ``yes`` where the digest of every sample was compared with those used in compiling, ``no`` where `shared`
+    of them were found there, ``unknown`` where no digests are at hand. `compared_with` says whose. `sha256` is that of the
+    samples used: the first `limit` of the source but those `left_out`, with the labels named.
+    """
+
+    source: Text
+    sha256: str
+    samples: int
+    pairs: int
+    disjoint: Literal["yes", "no", "unknown"]
+    shared: int
+    compared_with: Text | None
+    labels: str | None
+    limit: int | None
+    left_out: list[int]
+    repeated: int
+    notes: list[Text]
+
+
+class AuditedSite(_Section):
+    """A site of tau: dense channel `dense_channels[i]` is compiled channel `compiled_channels[i]`.
+
+    `alike` is the share of the dense channels' variance that the compiled ones show without intervention.
+    """
+
+    dense: str
+    compiled: str
+    dense_axis: int
+    compiled_axis: int
+    size: int
+    width: int
+    dense_channels: list[int]
+    compiled_channels: list[int]
+    alike: float | None
+
+
+class Check(_Section):
+    """A self-check made before any verdict; None where it does not apply."""
+
+    name: str
+    passed: bool | None
+    detail: Text
+
+
+class Claim(_Section):
+    """IIA ≥ `fidelity` under one law, convention and metric.
+
+    Trials were looked at one by one, and stopped as soon as either verdict was sure: each is wrong with probability at most
+    `delta`. `disagreements` is the sum of losses in [0, 1]. `iia_lower` and `iia_upper` hold at that confidence each.
+    `hoeffding_lower` and `betting_lower` are what other bounds make of the same trials.
+    """
+
+    law: Law
+    swap: float
+    convention: Convention
+    metric: str
+    fidelity: float
+    delta: float
+    verdict: Verdict
+    trials: int
+    disagreements: float
+    iia: float
+    iia_lower: float
+    iia_upper: float
+    hoeffding_lower: float
+    betting_lower: float
+
+
+class LawFound(_Section):
+    """Measured under one law, not certified: IIA in both conventions, and differences of the outputs, matched."""
+
+    law: Law
+    swap: float
+    trials: int
+    iia_matched: float
+    iia_own: float
+    logit_mse_relative: float
+    kl: float | None
+
+
+class PlainFound(_Section):
+    """Without intervention."""
+
+    agreement: float
+    logit_mse_relative: float
+    accuracy_dense: float | None
+    accuracy_compiled: float | None
+
+
+class Unmapped(_Section):
+    """How often the dense answer stays when units outside tau are resampled from a third input and the others are kept."""
+
+    trials: int
+    agreement: float
+    agreement_lower: float
+    agreement_upper: float
+    delta: float
+
+
+class Blame(_Section):
+    """The squared difference of the outputs under the first claim's law, over their variance, and what it consists of.
+
+    `set`: what no affine fold of the retained units could avoid without interchange; `law`: what interchange adds to that,
+    since dense units outside tau keep base values; `fold`: what this fold adds to the best one. `floor` = set + law. To
+    second order in the change, and additive over sites; None, with a `note`, where the compiler has no statistics of a site.
+    """
+
+    measured: float
+    floor: float | None
+    set: float | None
+    law: float | None
+    fold: float | None
+    note: str
+
+
+class Explanation(_Section):
+    """What explains the number."""
+
+    effect_r2: float | None
+    blame: Blame
+    unmapped: Unmapped | None
+
+
+class Counterexample(_Section):
+    """One interchange on which the models disagree, with as few units swapped as were found to suffice.
+
+    `swapped` gives dense channels by tensor; `folder` holds it for onnxruntime alone.
+    """
+
+    base: int
+    source: int
+    swapped: dict[str, list[int]]
+    swapped_before: int
+    dense_answer: list[float]
+    compiled_answer: list[float]
+    outputs: tuple[str, str]
+    folder: Text | None
+
+
+class Comparison(_Section):
+    """Another compiled model on the same trials: how much more often it disagrees, with an interval valid at any time."""
+
+    other: AuditedFile
+    trials: int
+    iia: float
+    iia_other: float
+    difference: float
+    difference_lower: float
+    difference_upper: float
+    delta: float
+
+
+class AuditReport(_Section):
+    """The whole certificate."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["audit"] = "audit"
+    versions: dict[str, str]
+    command: Text
+    verdict: Verdict
+    because: str
+    dense: AuditedFile
+    compiled: AuditedFile
+    tau_origin: str
+    tau: list[AuditedSite]
+    data: AuditedData
+    output: str
+    seed: int
+    batch_size: int
+    trials_most: int | None
+    checks: list[Check]
+    claims: list[Claim]
+    laws: list[LawFound]
+    plain: PlainFound
+    explanation: Explanation | None
+    counterexample: Counterexample | None
+    comparison: Comparison | None
+    scope: list[str]
+    warnings: list[Text]
+    digest: str = ""
+
+    def sealed(self) -> Self:
+        """The certificate with the digest of everything else in it."""
+        return self.model_copy(update={"digest": self._digest()})
+
+    def _digest(self) -> str:
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Text of the file; there is only one for each content."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> AuditReport:
+        """Read a certificate's file.
+
+        Raises
+        ------
+        UsageError
+            It is none.
+        VerificationError
+            It was changed after it was written.
+        """
+        try:
+            report = cls.model_validate_json(content)
+        except ValidationError as error:
+            why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+            raise UsageError("this is no certificate", where=where, why=why, hint="give what `audit` wrote") from error
+        if report.digest != report._digest() or content != report.to_json().encode():
+            raise VerificationError(
+                "the certificate was changed",
+                where=where,
+                why="its content does not have the digest it carries, or is not written as it was",
+                hint="get the original file",
+            )
+        return report
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the certificate."""
+    described = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **AuditReport.model_json_schema(mode="serialization"),
+    }
+    return {**described, "title": "Certificate of an audit by mscompile"}
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")

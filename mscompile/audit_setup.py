@@ -1,0 +1,275 @@
+"""Setting up an audit: options, tau, sessions, and the self-checks before any verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mscompile.audit_inputs import AuditModel, check_interfaces, read_plan
+from mscompile.audit_report import AuditedSite, Check, Convention
+from mscompile.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
+from mscompile.data import Samples
+from mscompile.errors import MscompileError, UsageError
+from mscompile.interchange import Engine, Law, Pair
+from mscompile.metrics import Metric
+from mscompile.runtime import Arrays, Session
+from mscompile.surgery import Do, Reweighted, probe, replaced, weightless
+from mscompile.tau import SiteClaim, Tau, claims_of_file, claims_of_metadata, claims_of_plan, inferred, resolve
+
+ALIKE = 0.5
+"""Share of variance below which units matched by weights are reported as behaving differently."""
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What is claimed, and how to test it.
+
+    Attributes
+    ----------
+    fidelity
+        IIA to certify.
+    laws, swaps, conventions, metrics
+        Each combination is a claim; all claims share `delta`. A metric is a key of `METRICS`, ``script.py:function`` or a
+        `Metric`; None chooses by the output.
+    delta
+        Probability that any verdict of certification is wrong, and likewise any of refutation.
+    trials
+        Interchanges per claim at most; every sample is in at most one pair in any case.
+    table
+        Interchanges per line of the table of laws; 0 for none.
+    shared
+        What becomes of samples that took part in making the compiled model: ``refuse``, ``drop`` or ``keep``.
+    explain
+        Whether to look for what explains the number.
+    """
+
+    fidelity: float = 0.95
+    laws: tuple[Law, ...] = ("one-site",)
+    swaps: tuple[float, ...] = (0.1,)
+    conventions: tuple[Convention, ...] = ("matched",)
+    metrics: tuple[str | Metric | None, ...] = (None,)
+    delta: float = 0.05
+    trials: int | None = None
+    table: int = 500
+    shared: str = "refuse"
+    explain: bool = True
+    labels: str | None = None
+    samples: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        checks = (
+            ("fidelity", 0.0 < self.fidelity < 1.0, "lies between 0 and 1"),
+            ("delta", 0.0 < self.delta < 1.0, "lies between 0 and 1"),
+            ("swaps", bool(self.swaps) and all(0.0 < p <= 1.0 for p in self.swaps), "lie in (0, 1]"),
+            ("laws", bool(self.laws) and set(self.laws) <= {"one-site", "all-sites"}, "are one-site or all-sites"),
+            ("conventions", bool(self.conventions) and set(self.conventions) <= {"matched", "own"}, "are matched or own"),
+            ("trials", self.trials is None or self.trials >= 1, "is at least 1"),
+            ("table", self.table >= 0, "is not negative"),
+            ("shared", self.shared in ("refuse", "drop", "keep"), "is refuse, drop or keep"),
+            ("batch_size", self.batch_size >= 1, "is at least 1"),
+            ("seed", self.seed >= 0, "is not negative"),
+        )
+        for name, holds, rule in checks:
+            if not holds:
+                raise UsageError(
+                    f"option {name} makes no sense",
+                    where=f"{name} = {getattr(self, name)!r}",
+                    why=f"it {rule}",
+                    hint="see `mscompile audit --help`",
+                )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything opened and checked, ready for interchanges."""
+
+    dense: AuditModel
+    compiled: AuditModel
+    tau: Tau
+    plan: Mapping[str, Any] | None
+    samples: Samples
+    engine: Engine
+    checks: tuple[Check, ...]
+    sites: tuple[AuditedSite, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that follows from the output."""
+        return self.engine.metric
+
+
+def prepare(
+    dense: AuditModel,
+    compiled: AuditModel,
+    samples: Samples,
+    options: AuditOptions,
+    *,
+    tau: Path | Sequence[SiteClaim] | None = None,
+    plan: Path | None = None,
+) -> Setup:
+    """Find tau, open the sessions and run the self-checks.
+
+    Raises
+    ------
+    VerificationError
+        A self-check fails, or the files do not belong together.
+    UsageError
+        tau is not known, or does not fit.
+    """
+    notes = check_interfaces(dense, compiled)
+    read, more = read_plan(plan, dense, compiled)
+    fixed = {
+        spec.shape[0] for model in (dense, compiled) for spec in model.specs if spec.shape and isinstance(spec.shape[0], int)
+    }
+    batch_size = int(min(fixed)) if fixed else options.batch_size
+    first = next(samples.batches(min(batch_size, len(samples))))
+    found = _find_tau(tau, read if plan is not None else None, dense, compiled, first)
+    pair = Pair(dense.proto, compiled.proto, found.sites)
+    engine = Engine(pair, samples, batch_size=batch_size)
+    checks = [Check(name="null and self patch", passed=True, detail="no output bit changes, in either model")]
+    check_rows("dense", engine.dense, engine.batch)
+    check_rows("compiled", engine.compiled, engine.batch)
+    checks.append(
+        Check(
+            name="full-source patch",
+            passed=True if engine.full_source_checked else None,
+            detail="the source's outputs come back" if engine.full_source_checked else "a path leads past the sites of tau",
+        )
+    )
+    defects = planted_defects(engine.dense, engine.batch, {s.dense.tensor: s.kept for s in found.sites}, engine.output)
+    checks.append(
+        Check(name="identity", passed=True, detail="the dense model agrees with itself under interchange, bit for bit")
+    )
+    for defect, seen in defects.items():
+        blind = len(found.sites) - len(seen)
+        detail = f"seen at {len(seen)} of {len(found.sites)} sites" if blind else "seen at every site"
+        checks.append(Check(name=f"planted: {defect}", passed=bool(seen), detail=detail))
+    if read is not None:
+        checks.append(_check_fold(read, engine))
+    if not fixed and any(
+        depends_on_batch(model, engine.batch, name)
+        for model, name in ((engine.dense, engine.output), (engine.compiled, engine.answer))
+    ):
+        engine.batch_size = 1
+        notes.append("an answer depends on the other samples of its batch, as with dynamic quantisation: run one by one")
+    sites = _describe(found, engine)
+    weak = [s.dense for s in sites if s.alike is not None and s.alike < ALIKE]
+    if weak and found.origin == "weights":
+        notes.append(f"units matched by weights behave differently in the two models at {', '.join(weak[:5])}")
+    return Setup(dense, compiled, found, read, samples, engine, tuple(checks), sites, (*notes, *more, *found.notes))
+
+
+def _check_fold(plan: Mapping[str, Any], engine: Engine) -> Check:
+    """Whether the compiled model is the dense one with the plan's replacements written in by surgery, nothing folded."""
+    patches = {patch.tensor: patch for patch in engine.dense.patches}
+    try:
+        interventions = [
+            Do(
+                patches[site["tensor"]],
+                np.array(site["kept"], dtype=np.int64),
+                _floats(site["constants"]),
+                None if site.get("affine") is None else _floats(site["affine"]),
+                tuple(
+                    Reweighted(
+                        window["reader"],
+                        None if window.get("places") is None else np.array(window["places"], dtype=np.int64),
+                        _floats(window["columns"]),
+                        _floats(window["response"]),
+                    )
+                    for window in site.get("windows", ())
+                ),
+            )
+            for site in plan["sites"]
+        ]
+        reference = Session(replaced(engine.pair.dense, interventions), optimise=False)
+    except (KeyError, ValueError, TypeError, MscompileError) as error:
+        return Check(
+            name="fold", passed=None, detail=f"the plan cannot be written into the dense file as it is: {error}"[:200]
+        )
+    wanted = reference.run(engine.batch, [engine.output])[engine.output].astype(np.float64)
+    found = engine.compiled.read(engine.batch, [engine.answer])[engine.answer].astype(np.float64)
+    gap = float(np.abs(wanted - found).max() / max(float(wanted.std()), float(np.finfo(np.float32).tiny)))
+    detail = f"the compiled model is {gap:.1e} standard deviations from the dense one under the plan, by surgery"
+    return Check(name="fold", passed=bool(gap <= FOLD_TOLERANCE), detail=detail)
+
+
+def _floats(values: Any) -> npt.NDArray[np.float32]:
+    return np.array(values, dtype=np.float32)
+
+
+def _find_tau(
+    given: Path | Sequence[SiteClaim] | None,
+    plan: Mapping[str, Any] | None,
+    dense: AuditModel,
+    compiled: AuditModel,
+    batch: Mapping[str, Any],
+) -> Tau:
+    """Tau from where it is known best."""
+    notes: tuple[str, ...] = ()
+    if given is not None:
+        origin, claims = "given", claims_of_file(given) if isinstance(given, Path) else list(given)
+    elif plan is not None:
+        origin, claims = "plan", claims_of_plan(plan, compiled.metadata)
+    elif (recorded := claims_of_metadata(compiled.metadata)) is not None:
+        origin, claims = "metadata", recorded
+    else:
+        origin = "weights"
+        claims, notes = inferred(dense.proto, compiled.proto)
+    values = _values(dense, [claim.dense for claim in claims], batch)
+    found = _values(compiled, [claim.compiled or claim.dense for claim in claims], batch)
+    return replace(resolve(claims, origin, values, found), notes=notes)  # type: ignore[arg-type]
+
+
+def _values(model: AuditModel, names: Sequence[str], batch: Mapping[str, Any]) -> Arrays:
+    known = {name for node in model.proto.graph.node for name in node.output}
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                "tau does not fit the models",
+                where=name,
+                why=f"{model.path} computes no tensor of that name",
+                hint="give the tau of this pair with --tau or --plan",
+            )
+    skeleton, weights = weightless(model.proto)
+    dtypes = {spec.name: spec.dtype for spec in model.specs}
+    inputs = {name: array.astype(dtypes[name], copy=False) for name, array in batch.items()}
+    return Session(probe(skeleton, names), optimise=False, weights=weights).run(inputs, names)
+
+
+def _describe(tau: Tau, engine: Engine) -> tuple[AuditedSite, ...]:
+    values, found = engine.dense.read(engine.batch), engine.compiled.read(engine.batch)
+    return tuple(
+        AuditedSite(
+            dense=s.dense.tensor,
+            compiled=s.compiled.tensor,
+            dense_axis=s.dense.axis,
+            compiled_axis=s.compiled.axis,
+            size=s.size,
+            width=s.width,
+            dense_channels=s.kept.tolist(),
+            compiled_channels=s.places.tolist(),
+            alike=_alike(
+                np.moveaxis(values[s.dense.tensor], s.dense.axis, 0)[s.kept],
+                np.moveaxis(found[s.compiled.tensor], s.compiled.axis, 0)[s.places],
+            ),
+        )
+        for s in tau.sites
+    )
+
+
+def _alike(wanted: npt.NDArray[Any], found: npt.NDArray[Any]) -> float | None:
+    """1 − Σ(a − b)² / Σ(a − mean of a)² over channels; None where positions differ."""
+    if wanted.shape != found.shape:
+        return None
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (wanted, found))
+    spread = float(np.square(a - a.mean(axis=1, keepdims=True)).sum())
+    return 1.0 - float(np.square(a - b).sum()) / spread if spread > 0 else None
