@@ -375,8 +375,8 @@ class _Step:
             size = None if shape is None else shape[fixed[0][1]]
             if not outs or len(fixed) + len(outs) < len(link) or not isinstance(size, int):
                 continue
-            if any((a in axes) for o, a in outs for axes in self.labels(o)):
-                continue  # labelled by movement, as with several filters per channel
+            if any(move.target in outs for move in self.found.moves):
+                continue  # channels that move in run in step, as with several filters per channel
             units = self.walk.sets.fresh(size)
             slots = tuple(Slot(self.node, o, a, units) for o, a in fixed)
             self.walk.slots += slots

@@ -98,6 +98,7 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
         Concrete shapes of graph inputs; with them every inferable dimension comes out as a number.
     """
     copy = model.clone()
+    _shape_like(copy.graph)
     if bound is not None:
         kept = {id(v) for v in copy.graph.inputs} | {id(v) for v in copy.graph.initializers.values()}
         for value in _values(copy.graph):
@@ -106,10 +107,7 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
         for value in copy.graph.inputs:
             if value.name is not None and value.name in bound:
                 value.shape = ir.Shape(bound[value.name])
-    infer = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
-    copy = infer(copy).model
-    while _shape_like(copy):
-        copy = infer(copy).model
+    copy = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
     shapes: dict[str, Shape] = {}
     for value in _values(copy.graph):
         shape = value.shape if value.const_value is None else value.const_value.shape
@@ -118,18 +116,16 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
     return shapes
 
 
-def _shape_like(model: ir.Model) -> bool:
-    """Give outputs the shapes that their rows in the table say, where onnx knows none; whether there were any."""
-    found = False
-    for node in model.graph:
-        row = declared(node)
-        source = None if row is None or row.like is None else node.inputs[row.like]
-        if source is not None and source.shape is not None and node.outputs[0].shape is None:
-            node.outputs[0].shape = source.shape
-            if node.outputs[0].dtype is None and source.dtype is not None:
-                node.outputs[0].dtype = source.dtype
-            found = True
-    return found
+def _shape_like(graph: ir.Graph) -> None:
+    """Put an Identity, which onnx knows the shapes of, in the place of nodes that the table says are alike in this."""
+    for node in list(graph):
+        row, old = declared(node), node.outputs[0]
+        if row is None or row.like is None:
+            continue
+        new = ir.Value(name=old.name, shape=old.shape, type=old.type)
+        graph.insert_before(node, ir.node("Identity", [node.inputs[row.like]], outputs=[new]))
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        old.name = None
 
 
 def size_of(dim: int | ir.SymbolicDimProtocol) -> Dim:

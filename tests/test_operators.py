@@ -271,7 +271,7 @@ def _convolutions() -> Iterator[Example]:
     yield ex("Conv", x(2, 3, 6, 6), w(6, 1, 3, 3), w(6), group=3)
     yield ex("Conv", x(2, 3, 7), w(9, 1, 3), group=3, pads=[1, 1])
     yield ex("Conv", x(2, 4, 6, 6), w(6, 2, 3, 3), w(6), group=2)
-    yield ex("Conv", x(2, 6, 6, 6), w(3, 2, 3, 3), group=3, pads=[1, 1, 1, 1])
+    yield ex("Conv", x(2, 6, 6, 6), w(6, 2, 3, 3), group=3, pads=[1, 1, 1, 1])
     yield ex("Conv", x(2, 6, 7), w(4, 3, 3), w(4), group=2, strides=[2])
     t, b = (x(2, 3, 4, 4), w(3, 5, 3, 3)), w(5)
     yield ex("ConvTranspose", *t, b)

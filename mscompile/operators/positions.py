@@ -384,7 +384,7 @@ ROWS = (
     Operator("GlobalAveragePool", pooling, reverse=reduction_reverse(REDUCTIONS["ReduceMean"], pooled=True)),
     Operator("BatchNormalization", batch_normalisation, reverse=batch_normalisation_reverse),
     Operator("InstanceNormalization", instance_normalisation, reverse=only_data(group_normalisation_reverse)),
-    Operator("GroupNormalization", group_normalisation, reverse=only_data(group_normalisation_reverse)),
+    Operator("GroupNormalization", group_normalisation, reverse=only_data(group_normalisation_reverse), like=0),
     Operator("LayerNormalization", layer_normalisation, reverse=only_data(layer_normalisation_reverse)),
     Operator("RMSNormalization", layer_normalisation, reverse=only_data(rms_normalisation_reverse)),
     Operator("LpNormalization", Barrier("normalises across an axis"), reverse=only_data(lp_normalisation_reverse)),
