@@ -6,7 +6,7 @@ pair of axes where an axis was split (heads). What a signature does not speak of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from mscompile.operators import IntArray, Move, NodeView, Port, Regroup, Shape, Signature, signature
 from mscompile.operators.backward import FLOATS
-from mscompile.units import Axes, UnionFind
+from mscompile.units import Axes, Block, UnionFind
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,24 @@ def captured(node: ir.Node) -> Iterator[ir.Value]:
 
 @dataclass
 class Walk:
-    """State of the walk."""
+    """State of the walk.
+
+    Where an axis is split into rows, as into heads, each row gets a number of its own, a *head*, which travels like a unit
+    along the axis of the rows, also where the units of the row are gone (attention scores). A head may go where all that it
+    holds may.
+    """
 
     shapes: Mapping[str, Shape]
     opset: int
     sets: UnionFind = field(default_factory=UnionFind)
     labels: dict[ir.Value, dict[Axes, IntArray]] = field(default_factory=dict)
+    heads: dict[ir.Value, dict[Axes, IntArray]] = field(default_factory=dict)
     frozen: dict[int, Refusal] = field(default_factory=dict)
     creators: list[Creator] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
-    blocks: list[IntArray] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     signatures: dict[ir.Node, Signature | str] = field(default_factory=dict)
 
     def freeze(self, units: IntArray, refusal: Refusal) -> None:
@@ -129,8 +135,8 @@ class Walk:
             self.frozen.setdefault(unit, refusal)
 
     def freeze_value(self, value: ir.Value, refusal: Refusal) -> None:
-        """All units of a tensor must stay."""
-        for units in self.labels.get(value, {}).values():
+        """All units and heads of a tensor must stay."""
+        for units in (*self.labels.get(value, {}).values(), *self.heads.get(value, {}).values()):
             self.freeze(units, refusal)
 
     def visit(self, node: ir.Node) -> None:
@@ -149,6 +155,7 @@ class Walk:
         step = _Step(self, view, found)
         for target, value in enumerate(node.outputs):
             step.label(~target, value)
+        step.stop_heads()
         step.contract()
         step.create()
         step.constrain()
@@ -184,17 +191,48 @@ class _Step:
         value = self.view.value(operand)
         return {} if value is None else self.walk.labels.get(value, {})
 
+    def heads(self, operand: int) -> dict[Axes, IntArray]:
+        value = self.view.value(operand)
+        return {} if value is None else self.walk.heads.get(value, {})
+
     # -- from inputs to an output --
 
     def label(self, target: int, value: ir.Value) -> None:
         """Label an output by what its operands say of it."""
+        labels = self._gather(target, self.labels)
+        if labels:
+            self.walk.labels[value] = labels
+            self._follow(target, labels)
+        heads = {axes: units for axes, units in self._gather(target, self.heads).items() if axes not in labels}
+        for axes, units in labels.items():
+            if len(axes) == 2 and self.found.regroups and axes[:1] not in heads:
+                heads[axes[:1]] = self.walk.sets.fresh(len(units))
+        for axes, units in labels.items():
+            if len(axes) > 1:
+                rows = units.reshape(-1, units.shape[-1])
+                none = np.full(len(rows), -1, dtype=np.int64)
+                self.walk.blocks.append(Block(rows, heads.get(axes[:1], none) if len(axes) == 2 else none))
+        if heads:
+            self.walk.heads[value] = heads
+            self._follow(target, heads)
+
+    def stop_heads(self) -> None:
+        """Heads that are summed over stay, but where the sum is over their units as well."""
+        for operand in self.view.live:
+            for (axis,), heads in self.heads(operand).items():
+                link = self.links.get((operand, axis), ())
+                if link and not any(o < 0 for o, _ in link) and not any(axis in axes for axes in self.labels(operand)):
+                    self.refuse(heads, "sums over heads")
+
+    def _gather(self, target: int, labels: Callable[[int], dict[Axes, IntArray]]) -> dict[Axes, IntArray]:
+        """What the operands say of an output, put together."""
         said: list[Contribution] = []
         for operand in self.view.live:
-            for axes, units in self.labels(operand).items():
+            for axes, units in labels(operand).items():
                 carried = self._carry(operand, axes, units, target)
                 if carried is not None:
                     said.append(carried)
-        labels: dict[Axes, IntArray] = {}
+        found: dict[Axes, IntArray] = {}
         while said:
             group = [said.pop(0)]
             while more := [c for c in said if any({*c.axes} & {*g.axes} for g in group)]:
@@ -202,11 +240,8 @@ class _Step:
                 said = [c for c in said if c not in more]
             joined = self._assemble(target, group) if group[0].at is not None else self._join(target, group)
             if joined is not None:
-                labels[joined[0]] = joined[1]
-        if labels:
-            self.walk.labels[value] = labels
-            self.walk.blocks += [u.reshape(-1, u.shape[-1]) for axes, u in labels.items() if len(axes) > 1]
-            self._follow(target, labels)
+                found[joined[0]] = joined[1]
+        return found
 
     def _carry(self, operand: int, axes: Axes, units: IntArray, target: int) -> Contribution | None:
         """Take a label from an input to an output; units that are mixed are frozen, or merged where their rows pass."""
@@ -461,7 +496,7 @@ class _Step:
                     elif tied:
                         self.walk.sets.unite_along(along.reshape(count, -1), 1)
                     else:
-                        self.walk.blocks.append(along.reshape(count, -1))
+                        self.walk.blocks.append(Block(along.reshape(count, -1), np.full(count, -1, dtype=np.int64)))
 
 
 def _says_too_little(node: ir.Node, found: Signature) -> bool:

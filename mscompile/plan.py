@@ -17,7 +17,7 @@ from mscompile.operators import IntArray
 from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fit, fit_by_row
 from mscompile.scm import Scm, Site
 from mscompile.scores import MEASURABLE, Scores, joint_curvature
-from mscompile.selection import retained_units
+from mscompile.selection import retained_heads, retained_units
 from mscompile.statistics import Statistics
 from mscompile.windows import determined, fit_window, window_name, window_weight
 
@@ -264,14 +264,24 @@ def make_plan(
         retained = max(count - any(site.border for site in sites), stay)
         if count == len(order) or retained < 1:
             continue
-        kept_units = retained_units(order, retained, scm.blocks)
-        cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
-        planned += [_plan_site(site, statistics, scores, kept_units, replacement, swap) for site in cut]
+        # Whole heads or some channels of each: what costs less.
+        sets = [retained_units(order, retained, scm.blocks, scm.frozen)]
+        heads = retained_heads(order, retained, scm.blocks, scm.frozen)
+        sets += [] if heads is None else [heads]
+        plans = [_plan_group(sites, statistics, scores, kept, replacement, swap) for kept in sets]
+        planned += min(plans, key=lambda entries: sum(entry.predicted_risk or 0.0 for entry in entries))
     place = {site.tensor: i for i, site in enumerate(scm.sites)}
     planned.sort(key=lambda entry: place[entry.tensor])
     return Plan(
         model_sha256=model_sha256, objective=scores.objective, replacement=replacement, swap=swap, sites=tuple(planned)
     )
+
+
+def _plan_group(
+    sites: Sequence[Site], statistics: Statistics, scores: Scores, kept_units: IntArray, replacement: str, swap: float
+) -> list[SitePlan]:
+    cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
+    return [_plan_site(site, statistics, scores, kept_units, replacement, swap) for site in cut]
 
 
 def _plan_site(

@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from mscompile.flow import Creator, Refusal, Slot, Walk, captured, label
 from mscompile.operators import Dim, IntArray, Shape, Signature, declared, is_parameter
 from mscompile.sites import Pairing, Reader, Site, sites_of
-from mscompile.units import Axes, Labels, along
+from mscompile.units import Axes, Block, Labels, along
 
 __all__ = [
     "Creator",
@@ -54,7 +54,7 @@ class Scm:
     labels
         Units on the axes of each computed tensor.
     blocks
-        [rows, units in a row] each: as many units must stay in every row.
+        Rows of units, as many of which must stay in every row.
     signatures
         Axis signature, or reason for a barrier, of each node.
     frozen
@@ -67,7 +67,7 @@ class Scm:
     creators: tuple[Creator, ...]
     slots: tuple[Slot, ...]
     labels: Mapping[str, Labels]
-    blocks: tuple[IntArray, ...]
+    blocks: tuple[Block, ...]
     signatures: Mapping[ir.Node, Signature | str]
     frozen: Mapping[int, Refusal]
 
@@ -155,10 +155,13 @@ def read_scm(model: ir.Model) -> Scm:
     frozen: dict[int, Refusal] = {}
     for unit, refusal in walk.frozen.items():
         frozen.setdefault(int(root[unit]), refusal)
-    labels: dict[str, dict[Axes, IntArray]] = {
-        value.name or "": {axes: root[units] for axes, units in found.items()} for value, found in walk.labels.items()
-    }
-    blocks = {root[block].tobytes(): root[block] for block in walk.blocks}
+    labels: dict[str, dict[Axes, IntArray]] = {}
+    for value, found in (*walk.labels.items(), *walk.heads.items()):
+        labels.setdefault(value.name or "", {}).update({axes: root[units] for axes, units in found.items()})
+    blocks = {}
+    for block in walk.blocks:
+        rooted = Block(root[block.units], np.where(block.heads < 0, -1, root[block.heads]))
+        blocks[rooted.units.tobytes() + rooted.heads.tobytes()] = rooted
     slots = tuple(_rooted(slot, root) for slot in walk.slots)
     creators = tuple(
         Creator(c.node, tuple(_rooted(slot, root) for slot in c.slots), c.axis, root[c.units]) for c in walk.creators
@@ -171,7 +174,7 @@ def read_scm(model: ir.Model) -> Scm:
         creators,
         slots,
         labels,
-        tuple(block for block in blocks.values() if not np.all(block == block[:1])),
+        tuple(block for block in blocks.values() if not np.all(block.units == block.units[:1]) or (block.heads >= 0).any()),
         walk.signatures,
         frozen,
     )

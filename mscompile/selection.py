@@ -15,7 +15,8 @@ One elimination ranks the units for every size at once, in O(channels³) time an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ from mscompile.replacements import TINY, interchanged, stabilise
 from mscompile.scm import Site
 from mscompile.scores import Scores, joint_curvature
 from mscompile.statistics import Moments, Statistics
-from mscompile.units import even
+from mscompile.units import Block, even
 
 Array = npt.NDArray[np.float64]
 
@@ -127,7 +128,7 @@ def _inverse(site: Site, moments: Moments, swap: float) -> Array:
     return inverse
 
 
-def retained_units(order: IntArray, count: int, blocks: Sequence[IntArray]) -> IntArray:
+def retained_units(order: IntArray, count: int, blocks: Sequence[Block], frozen: Collection[int]) -> IntArray:
     """The `count` units that go last; where rows of a block must stay equally large, the same share of each row, or more.
 
     Parameters
@@ -135,16 +136,42 @@ def retained_units(order: IntArray, count: int, blocks: Sequence[IntArray]) -> I
     order
         Units in the order they go.
     blocks
-        [rows, units in a row] each; those of other groups are ignored.
+        Those of other groups are ignored.
+    frozen
+        Units and heads that must stay.
     """
-    own = [block for block in blocks if np.isin(block, order).all()]
+    own = [block for block in blocks if np.isin(block.units, order).all()]
     kept = order[len(order) - count :]
     if not own:
         return np.sort(kept)
     place = {unit: i for i, unit in enumerate(order.tolist())}
-    largest = max(own, key=lambda block: block.size)
-    quota = max(1, round(count / len(order) * largest.shape[1]))
-    chosen = set(kept[~np.isin(kept, largest)].tolist())
-    for row in largest.tolist():
-        chosen.update(sorted(set(row), key=lambda unit: place[unit])[-quota:])
-    return even(np.array(sorted(chosen), dtype=np.int64), own, order.tolist())
+    largest = max(own, key=lambda block: block.units.size)
+    rows = [sorted(set(row), key=lambda unit: place[unit]) for row in largest.units.tolist()]
+    longest = max(len(row) for row in rows)
+    if longest > 1:
+        quota = max(1, round(count / len(order) * longest))
+        kept = np.union1d(kept[~np.isin(kept, largest.units)], np.concatenate([row[-quota:] for row in rows]))
+    gone = empty_heads(own, kept, frozen)
+    return even(kept, own, order.tolist(), gone)
+
+
+def empty_heads(blocks: Sequence[Block], kept: IntArray, frozen: Collection[int]) -> set[int]:
+    """Heads that may go and hold no unit of `kept`."""
+    full = {h for b in blocks for h, row in zip(b.heads.tolist(), b.units, strict=True) if np.isin(row, kept).any()}
+    return {h for b in blocks for h in b.heads.tolist()} - full - {-1, *frozen}
+
+
+def retained_heads(order: IntArray, count: int, blocks: Sequence[Block], frozen: Collection[int]) -> IntArray | None:
+    """As many units, or a few more, in whole heads: those that go last on the average. None where there are no heads to cut."""
+    own = [block for block in blocks if np.isin(block.units, order).all() and (block.heads >= 0).all()]
+    if not own or not np.isin(order, own[0].units).all() or set(own[0].heads.tolist()) & set(frozen):
+        return None
+    place = np.empty(int(order.max()) + 1)
+    place[order] = np.arange(len(order))
+    heads = np.unique(own[0].heads)
+    rank = [float(place[own[0].units[own[0].heads == head]].mean()) for head in heads]
+    stay = max(1, math.ceil(count / len(order) * len(heads)))
+    if stay == len(heads):
+        return None
+    chosen = heads[np.argsort(rank, kind="stable")[-stay:]]
+    return np.unique(own[0].units[np.isin(own[0].heads, chosen)])

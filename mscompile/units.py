@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,15 +79,31 @@ def along(labels: Labels, axis: int) -> IntArray | None:
     return None
 
 
-def even(kept: IntArray, blocks: Sequence[IntArray], order: Sequence[int]) -> IntArray:
+@dataclass(frozen=True)
+class Block:
+    """Rows of units, as many of which must stay in every row.
+
+    Attributes
+    ----------
+    units
+        [rows, units in a row].
+    heads
+        [rows]: the head that each row belongs to, which may go as a whole; −1 where rows must stay.
+    """
+
+    units: IntArray
+    heads: IntArray
+
+
+def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Collection[int] = ()) -> IntArray:
     """The least set of units that holds `kept` and leaves as many in every row of each block.
 
     Parameters
     ----------
-    blocks
-        [rows, units in a row] each.
     order
         Units, those to be added last first.
+    gone
+        Heads whose rows are left as they are.
     """
     chosen = set(kept.tolist())
     rank = {unit: place for place, unit in enumerate(order)}
@@ -95,7 +111,10 @@ def even(kept: IntArray, blocks: Sequence[IntArray], order: Sequence[int]) -> In
     while changed:
         changed = False
         for block in blocks:
-            rows = [list(dict.fromkeys(row)) for row in block.tolist()]
+            staying = block.units[~np.isin(block.heads, list(gone))]
+            rows = [list(dict.fromkeys(row)) for row in staying.tolist()]
+            if not rows:
+                continue
             left = [sum(unit in chosen for unit in row) for row in rows]
             most = max(*left, 1)
             for row, count in zip(rows, left, strict=True):

@@ -6,7 +6,7 @@ target shapes and channel counts follow. By itself this preserves the function e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,14 +84,29 @@ def dead_units(scm: Scm, tensors: Iterable[str] | None = None) -> IntArray:
         if node.domain == DIALECT:  # holds channel numbers, or counts channels, and would have to follow
             for units in scm.labels.get(node.outputs[0].name or "", {}).values():
                 dead -= set(units.ravel().tolist())
+    every = {unit for block in scm.blocks for unit in block.units.ravel().tolist()}
+    heads: dict[int, set[int]] = {}
+    if dead & every:
+        heads = dead_heads(scm, dead)
+        dead = dead.union(*heads.values())
+        dead -= set(even(np.array(sorted(every - dead), dtype=np.int64), scm.blocks, (), heads.keys()).tolist())
+        dead.update(heads)
     for labels in scm.labels.values():
         for units in labels.values():
             if dead.issuperset(units.ravel().tolist()):
                 dead.discard(int(units.flat[0]))
-    every = {unit for block in scm.blocks for unit in block.ravel().tolist()}
-    if dead & every:
-        dead -= set(even(np.array(sorted(every - dead), dtype=np.int64), scm.blocks, ()).tolist())
     return np.array(sorted(dead), dtype=np.int64)
+
+
+def dead_heads(scm: Scm, dead: Collection[int]) -> dict[int, set[int]]:
+    """Heads that go with `dead` units, and all units they hold: nothing is read of them, and nothing else needs them."""
+    rows: dict[int, set[int]] = {}
+    for block in scm.blocks:
+        for head, units in zip(block.heads.tolist(), block.units.tolist(), strict=True):
+            if head >= 0 and head not in scm.frozen:
+                rows.setdefault(head, set()).update(units)
+    read = {unit for site in scm.sites if site.readers for unit in site.units.tolist()}
+    return {h: u for h, u in rows.items() if u & read and u & read <= set(dead) and not u & scm.frozen.keys()}
 
 
 def _slice_parameters(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
