@@ -162,7 +162,7 @@ def empty_heads(blocks: Sequence[Block], kept: IntArray, frozen: Collection[int]
 
 
 def retained_heads(order: IntArray, count: int, blocks: Sequence[Block], frozen: Collection[int]) -> IntArray | None:
-    """As many units, or a few more, in whole heads: those that go last on the average. None where there are no heads to cut."""
+    """As many units, or a few more, in whole heads: those that go last on average. None where no heads can go."""
     own = [block for block in blocks if np.isin(block.units, order).all() and (block.heads >= 0).all()]
     if not own or not np.isin(order, own[0].units).all() or set(own[0].heads.tolist()) & set(frozen):
         return None
