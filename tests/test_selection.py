@@ -41,7 +41,7 @@ def statistics(
         scatter, between = sigma * SAMPLES, None if shared is None else shared * SAMPLES
         moments[name] = Moments(SAMPLES, zero, np.diagonal(scatter), scatter, between, zero - np.inf, zero + np.inf)
         curvature[name] = Curvature(SAMPLES, zero, zero, zero, zero, zero, curvatures[name] * SAMPLES)
-    return Statistics(moments, curvature, {}, {}, SAMPLES, (), "")
+    return Statistics(moments, curvature, {}, {}, SAMPLES, (), "", "identity", {"y": 1.0})
 
 
 def afresh(sites: list[Site], known: Statistics, swap: float) -> list[int]:
