@@ -17,7 +17,15 @@ import click
 
 from mscompile.audit_commands import audit_command, report_command
 from mscompile.errors import MscompileError, ResourceError, UsageError
-from mscompile.stage_commands import OUTPUTS, apply_command, calibrate_command, parse_keep, parse_outputs, plan_command
+from mscompile.stage_commands import (
+    ANCHORS,
+    OUTPUTS,
+    apply_command,
+    calibrate_command,
+    parse_keep,
+    parse_outputs,
+    plan_command,
+)
 from mscompile.terminal import End, answer, ascii_json, bars, error_text, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
@@ -96,6 +104,7 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 )
 @click.option("--selection", default="joint", show_default=True, help="Choose units by joint elimination, or additive.")
 @click.option("--probes", type=click.IntRange(min=1), default=4, show_default=True, help="Random seeds of the curvature.")
+@ANCHORS
 @OUTPUTS
 @click.option(
     "--replacement", default="affine", show_default=True, help="affine, affine-pointwise, affine-parents or constant."

@@ -41,6 +41,8 @@ class Options:
         by score. See `joint` for what is in force.
     probes
         Random seeds per sample of the reverse pass.
+    anchors
+        Units per site that are intervened on, to scale the predictions for constants; 0 for none.
     output
         Weight by name of the outputs whose change is scored; None for all of floating point, see
         `DenseModel.weighted_outputs`.
@@ -65,6 +67,7 @@ class Options:
     objective: Literal["logit-mse", "kl", "cross-entropy", "cwvar", "variance", "magnitude", "random"] = "logit-mse"
     selection: Literal["joint", "additive"] = "joint"
     probes: int = 4
+    anchors: int = 4
     output: Mapping[str, float] | None = None
     replacement: Literal["affine", "affine-pointwise", "affine-parents", "constant"] = "affine"
     law: Law = "one-site"
@@ -86,6 +89,7 @@ class Options:
             ("delta", 0.0 < self.delta < 1.0, "lies between 0 and 1"),
             ("selection", self.selection in ("joint", "additive"), "is joint or additive"),
             ("probes", self.probes >= 1, "is at least 1"),
+            ("anchors", self.anchors >= 0, "is not negative"),
             (
                 "output",
                 self.output is None or (bool(self.output) and all(0.0 < w < math.inf for w in self.output.values())),

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import scipy.stats
 
 from mscompile.data import Samples
-from mscompile.metrics import kl_divergence
+from mscompile.drawing import Series, scatter
+from mscompile.operators import IntArray
 from mscompile.plan import Plan
 from mscompile.runtime import Arrays, Progress, Session, no_progress
 from mscompile.scm import Site
-from mscompile.scores import DIVERGENCE, SQUARED_OUTPUTS, Scores
+from mscompile.scores import Scores, measured_risk, predictable
+from mscompile.statistics import Array, Statistics
 from mscompile.surgery import Patch, feed, float_type, patched, replaced
 from mscompile.verify import replacement_of
 
@@ -34,29 +37,6 @@ def imbalance(model: ir.Model, outputs: Mapping[str, float], batch: Arrays) -> t
     ratio = spreads[most] / spreads[least]
     remedy = " ".join(f"--output {name}={w * spreads[most] / (spreads[name] or np.inf):.3g}" for name, w in outputs.items())
     return (f"output {most!r} varies {ratio:.3g} times as much as {least!r} and decides what is kept; to balance: {remedy}",)
-
-
-def measured_risk(basis: str, dense: Arrays, intervened: Arrays, outputs: Mapping[str, float]) -> float:
-    """What a score of that basis predicts, measured, summed over samples: half the squared distance of outputs, or their KL.
-
-    Parameters
-    ----------
-    outputs
-        Weight by name of output.
-    """
-    total = 0.0
-    for output, weight in outputs.items():
-        y, z = dense[output].astype(np.float64), intervened[output].astype(np.float64)
-        if basis == DIVERGENCE:
-            total += weight * kl_divergence(y, z) * float(np.prod(y.shape[:-1]))
-        else:
-            total += weight * 0.5 * float(np.square(y - z).sum())
-    return total
-
-
-def predictable(basis: str) -> bool:
-    """Whether a basis is a risk that can be measured at the outputs."""
-    return basis in (SQUARED_OUTPUTS, DIVERGENCE)
 
 
 def site_risks(
@@ -91,6 +71,7 @@ class UnitCheck:
     channel: int
     predicted: float
     measured: float
+    variance: float
 
 
 @dataclass(frozen=True)
@@ -99,8 +80,8 @@ class SiteCheck:
 
     Attributes
     ----------
-    spearman
-        Rank correlation of predicted and measured risk; NaN for fewer than two units.
+    spearman, of_variance
+        Rank correlation of predicted and measured risk, and of the unit's variance and that; NaN for fewer than two units.
     ratio
         Median of predicted over measured, over units whose measured risk is not zero.
     """
@@ -112,9 +93,12 @@ class SiteCheck:
     @property
     def spearman(self) -> float:
         """Rank correlation."""
-        if len(self.units) < 2:
-            return float("nan")
-        return float(scipy.stats.spearmanr([u.predicted for u in self.units], [u.measured for u in self.units]).statistic)
+        return _rank_correlation([u.predicted for u in self.units], [u.measured for u in self.units])
+
+    @property
+    def of_variance(self) -> float:
+        """Rank correlation of the variance."""
+        return _rank_correlation([u.variance for u in self.units], [u.measured for u in self.units])
 
     @property
     def ratio(self) -> float:
@@ -123,17 +107,23 @@ class SiteCheck:
         return float(np.median(ratios)) if ratios else float("nan")
 
 
+def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    return float(scipy.stats.spearmanr(x, y).statistic) if len(x) > 1 else float("nan")
+
+
 def check_units(
     model: ir.Model,
     sites: Sequence[Site],
     ranks: Mapping[str, int],
     scores: Scores,
+    statistics: Statistics,
     outputs: Mapping[str, float],
     samples: Samples,
     *,
     count: int | None,
     batch_size: int,
     seed: int = 0,
+    exclude: Mapping[str, IntArray] | None = None,
     progress: Progress = no_progress,
 ) -> list[SiteCheck]:
     """Replace units one at a time by their constants and compare with the scores: one intervened run per unit.
@@ -144,25 +134,73 @@ def check_units(
         Weight by name of the outputs whose change is measured.
     count
         Units drawn per site; all if None.
+    exclude
+        Units by site that are not drawn: those that the predictions were scaled on.
     """
     proto, rng = ir.to_proto(model), np.random.default_rng(seed)
-    dense, checks = Session(proto), []
+    dense, checks, exclude = Session(proto), [], exclude or {}
     for site in progress(sites, "check predictions", len(sites)):
-        chosen = np.arange(site.size) if count is None or count >= site.size else rng.choice(site.size, count, replace=False)
-        units, basis = np.sort(chosen), scores.basis[site.tensor]
-        patch = Patch(site.tensor, ranks[site.tensor], site.axis)
-        intervened = Session(patched(proto, [patch]))
-        shape = [site.size if axis == site.axis else 1 for axis in range(patch.rank)]
-        constants = scores.constants[site.tensor].reshape(shape).astype(float_type(proto))
-        risks = np.zeros(len(units))
-        for batch in samples.batches(batch_size):  # every unit on a batch before the next one: its outputs alone are held
-            expected = dense.run(batch, list(outputs))
-            for i, unit in enumerate(units):
-                mask = np.zeros((1, site.size), dtype=np.bool_)
-                mask[0, unit] = True
-                found = intervened.run({**batch, **feed(patch, mask, constants)}, list(outputs))
-                risks[i] += measured_risk(basis, expected, found, outputs)
-        predicted = scores.risk[site.tensor][units]
-        rows = zip(units.tolist(), predicted.tolist(), (risks / len(samples)).tolist(), strict=True)
+        free = np.setdiff1d(np.arange(site.size), exclude.get(site.tensor, []))
+        units = free if count is None or count >= len(free) else np.sort(rng.choice(free, count, replace=False))
+        basis, constants = scores.basis[site.tensor], [scores.constants[site.tensor]]
+        rank = ranks[site.tensor]
+        (measured,) = unit_risks(proto, dense, site, rank, constants, units, basis, outputs, samples, batch_size)
+        predicted, variance = scores.risk[site.tensor][units], statistics.moments[site.tensor].variance[units]
+        rows = zip(units.tolist(), predicted.tolist(), measured.tolist(), variance.tolist(), strict=True)
         checks.append(SiteCheck(site.tensor, basis, tuple(UnitCheck(*row) for row in rows)))
     return checks
+
+
+def unit_risks(
+    proto: onnx.ModelProto,
+    dense: Session,
+    site: Site,
+    rank: int,
+    constants: Sequence[Array],
+    units: IntArray,
+    basis: str,
+    outputs: Mapping[str, float],
+    samples: Samples,
+    batch_size: int,
+) -> Array:
+    """[rules, units]: measured risk of replacing each unit alone by its constant under each rule, one run each."""
+    patch = Patch(site.tensor, rank, site.axis)
+    intervened = Session(patched(proto, [patch]))
+    shape = [site.size if axis == site.axis else 1 for axis in range(rank)]
+    values = [rule.reshape(shape).astype(float_type(proto)) for rule in constants]
+    risks = np.zeros((len(constants), len(units)))
+    for batch in samples.batches(batch_size):  # every unit on a batch before the next one: its outputs alone are held
+        expected = dense.run(batch, list(outputs))
+        for i, unit in enumerate(units):
+            mask = np.zeros((1, site.size), dtype=np.bool_)
+            mask[0, unit] = True
+            for k, value in enumerate(values):
+                found = intervened.run({**batch, **feed(patch, mask, value)}, list(outputs))
+                risks[k, i] += measured_risk(basis, expected, found, outputs)
+    return risks / len(samples)
+
+
+def plot_checks(checks: Sequence[SiteCheck]) -> str:
+    """Predicted against measured risk of single units as an SVG, sites where both are risks at the outputs."""
+    series = [
+        Series(
+            check.tensor,
+            [unit.predicted for unit in check.units],
+            [unit.measured for unit in check.units],
+            labels=[f"{check.tensor} {unit.channel}" for unit in check.units],
+        )
+        for check in checks
+        if predictable(check.basis)
+    ]
+    described = "; ".join(f"{c.tensor}: rank correlation {c.spearman:.3f}" for c in checks if predictable(c.basis))
+    names = list(dict.fromkeys(check.basis for check in checks if predictable(check.basis)))
+    return scatter(
+        series,
+        title="Predicted against measured risk of single units",
+        description=f"{'; '.join(names) or 'no site has a risk at the outputs'}. {described}",
+        x="predicted risk",
+        y="measured risk",
+        log_x=True,
+        log_y=True,
+        identity=True,
+    )

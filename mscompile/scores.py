@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mscompile.metrics import kl_divergence
+from mscompile.runtime import Arrays
 from mscompile.scm import Scm, Site
-from mscompile.statistics import Curvature, Moments, Statistics
+from mscompile.statistics import Curvature, Moments, Scale, Statistics
 
 Array = npt.NDArray[np.float64]
 
@@ -101,7 +103,7 @@ def reader_curvature(site: Site) -> Array:
     return total
 
 
-def optimal_constants(curvature: Curvature, moments: Moments) -> tuple[Array, Array, int]:
+def optimal_constants(curvature: Curvature, moments: Moments, step: float = 1.0) -> tuple[Array, Array, int]:
     """Constants of least predicted risk, that risk, and how many gave way to the mean.
 
     The change of the objective under do(a_j := c) is to second order q(c) = ½ c² E[S1²] − c E[S1 S2] + ½ E[S2²] + c E[Σg]
@@ -109,7 +111,8 @@ def optimal_constants(curvature: Curvature, moments: Moments) -> tuple[Array, Ar
     single ones). Where E[S1²] vanishes, or c* lies outside the range the unit was observed in — the quadratic says nothing
     there — the mean is taken; where that happens to more than a share `UNUSABLE` of the units, the quadratic is not to be
     trusted for the others either, and all take their means. (Label cross-entropy has no curvature at samples that the
-    network is sure of; its optimal constants drive the network to chance otherwise.)
+    network is sure of; its optimal constants drive the network to chance otherwise.) A `step` below 1 goes only so much of
+    the way there from the mean.
     """
     n = curvature.samples
     s11, s12, s22 = curvature.s11 / n, curvature.s12 / n, curvature.s22 / n
@@ -120,6 +123,7 @@ def optimal_constants(curvature: Curvature, moments: Moments) -> tuple[Array, Ar
     outside = ~flat & ((constants < moments.low - margin) | (constants > moments.high + margin))
     refused = outside.mean() > UNUSABLE
     constants = moments.mean if refused else np.where(outside, moments.mean, constants)
+    constants = moments.mean + step * (constants - moments.mean)
     risk = 0.5 * constants**2 * s11 - constants * s12 + 0.5 * s22 + constants * g1 - g2
     return constants, risk, len(outside) if refused else int(outside.sum())
 
@@ -133,12 +137,13 @@ def _curved(scm: Scm, site: Site, statistics: Statistics, seed: int, *, unit: st
         risk = 0.5 * np.diagonal(reader_curvature(site)) * moments.variance
         reason = statistics.refused.get(site.tensor, "no output depends on it")
         return Scored(risk, moments.mean, f"{READER_LOCAL}: {reason}")
-    constants, risk, outside = optimal_constants(curvature, moments)
+    scale = statistics.scales.get(site.tensor, Scale())
+    constants, risk, outside = optimal_constants(curvature, moments, scale.step)
     warning = (
         f"site {site.tensor!r}: the mean replaces the optimal constant of {outside} of {site.size} units; optima lie "
         "outside the range observed, where the quadratic says nothing"
     )
-    return Scored(risk, constants, unit, (warning,) if outside else ())
+    return Scored(scale.factor * risk, constants, unit, (warning,) if outside and scale.step else ())
 
 
 def _curvature_times_variance(scm: Scm, site: Site, statistics: Statistics, seed: int) -> Scored:
@@ -215,3 +220,26 @@ def joint_curvature(site: Site, statistics: Statistics) -> Array:
     if curvature is None or curvature.second is None:
         return reader_curvature(site)
     return curvature.second / curvature.samples
+
+
+def measured_risk(basis: str, dense: Arrays, intervened: Arrays, outputs: Mapping[str, float]) -> float:
+    """What a score of that basis predicts, measured, summed over samples: half the squared distance of outputs, or their KL.
+
+    Parameters
+    ----------
+    outputs
+        Weight by name of output.
+    """
+    total = 0.0
+    for output, weight in outputs.items():
+        y, z = dense[output].astype(np.float64), intervened[output].astype(np.float64)
+        if basis == DIVERGENCE:
+            total += weight * kl_divergence(y, z) * float(np.prod(y.shape[:-1]))
+        else:
+            total += weight * 0.5 * float(np.square(y - z).sum())
+    return total
+
+
+def predictable(basis: str) -> bool:
+    """Whether a basis is a risk that can be measured at the outputs."""
+    return basis in (SQUARED_OUTPUTS, DIVERGENCE)

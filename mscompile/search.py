@@ -13,6 +13,7 @@ from typing import get_args
 import numpy as np
 
 from mscompile import data as data_module
+from mscompile.anchors import Anchors, with_scales
 from mscompile.calibration import calibrate
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
@@ -147,6 +148,18 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
             progress=progress,
         )
         source, warnings = _finite(source, statistics)
+        if options.replacement == CONSTANT:
+            statistics = with_scales(
+                source.scm,
+                source.sites,
+                statistics,
+                options.objective,
+                parts["calibrate"],
+                Anchors(options.anchors, options.seed),
+                measure=what_to_measure(source, options),
+                batch_size=options.batch_size,
+                progress=progress,
+            )
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
         batch = next(parts["calibrate"].batches(options.batch_size))
         warnings += imbalance(source.model, source.weighted_outputs(options), batch)

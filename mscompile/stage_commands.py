@@ -5,17 +5,28 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mscompile.errors import UsageError
 from mscompile.terminal import answer, bars, plain, say, table, width_of
 
+if TYPE_CHECKING:
+    from mscompile.prediction import SiteCheck
+
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 FORCE = click.option("--force", is_flag=True, help="Overwrite existing outputs.")
+ANCHORS = click.option(
+    "--anchors",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Units per site to intervene on, to scale predictions for constants.",
+)
 OUTPUTS = click.option(
     "--output",
     "outputs",
@@ -97,14 +108,49 @@ def parse_outputs(entries: tuple[str, ...]) -> Mapping[str, float] | None:
     return found or None
 
 
+CHECKED = ("site", "units", "Spearman", "variance", "predicted/measured", "of")
+
+
+def check_rows(checks: Sequence[SiteCheck]) -> list[tuple[str, ...]]:
+    """Cells of the table of predicted against measured risks: `CHECKED`, `variance` being its rank correlation."""
+    return [
+        (
+            c.tensor,
+            str(len(c.units)),
+            f"{c.spearman:.3f}",
+            f"{c.of_variance:.3f}",
+            f"{c.ratio:.3f}",
+            c.basis.partition(":")[0],
+        )
+        for c in checks
+    ]
+
+
+def check_page(checks: Sequence[SiteCheck]) -> str:
+    """Table and plot as one offline HTML page."""
+    from mscompile.prediction import plot_checks
+
+    head = "".join(f"<th>{escape(name)}</th>" for name in CHECKED)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in check_rows(checks))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<title>Predicted against measured risk</title><style>body{font:15px system-ui;margin:1em auto;max-width:60em;"
+        "padding:0 1em}td,th{padding:.2em .7em;text-align:right}td:first-child,th:first-child{text-align:left}</style>"
+        f"<h1>Predicted against measured risk</h1>{plot_checks(checks)}<table><tr>{head}</tr>{rows}</table></html>\n"
+    )
+
+
 @click.command("calibrate")
 @MODEL
 @click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.statistics.safetensors]")
 @click.option("--probes", type=click.IntRange(min=1), default=4, show_default=True, help="Random seeds of the curvature.")
+@ANCHORS
 @OUTPUTS
 @click.option(
     "--check", type=click.IntRange(min=0), default=0, metavar="N", help="Measure the risk of N units per site to compare."
 )
+@click.option("--svg", type=click.Path(path_type=Path), help="Write the plot of --check.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write table and plot of --check.")
 @_with(*SCORING, *DATA)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
@@ -113,6 +159,8 @@ def calibrate_command(
     output: Path | None,
     outputs: tuple[str, ...],
     check: int,
+    svg: Path | None,
+    html: Path | None,
     force: bool,
     calib: str | None,
     verbose: int,
@@ -120,9 +168,15 @@ def calibrate_command(
 ) -> None:
     """Collect the statistics of MODEL's sites over calibration data."""
     del verbose
+    from mscompile.files import output_conflict, staged
     from mscompile.options import Options
+    from mscompile.prediction import plot_checks
     from mscompile.stages import calibrate_model
 
+    pages = {path: text for path, text in ((svg, plot_checks), (html, check_page)) if path is not None}
+    if pages and not check:
+        raise UsageError("there is nothing to plot", where="--svg, --html", why="no unit is checked", hint="add --check 50")
+    output_conflict(list(pages), force=force)
     target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
     with bars(silent=False) as progress:
         options = Options(output=parse_outputs(outputs), **chosen)
@@ -132,12 +186,11 @@ def calibrate_command(
     rows = [(plain(site.tensor), str(site.size), plain(found.scores.basis[site.tensor], 400)) for site in found.dense.sites]
     say("\n".join(table(("site", "channels", "scored by"), rows, width_of(sys.stderr), text=True)))
     if found.checks:
-        checked = [
-            (plain(c.tensor), str(len(c.units)), f"{c.spearman:.3f}", f"{c.ratio:.3f}", plain(c.basis.partition(":")[0]))
-            for c in found.checks
-        ]
-        header = ("site", "units", "Spearman", "predicted/measured", "of")
-        say("\n".join(table(header, checked, width_of(sys.stderr))))
+        lines = table(CHECKED, [tuple(map(plain, row)) for row in check_rows(found.checks)], width_of(sys.stderr))
+        say("\n".join(lines))
+    for path, text in pages.items():
+        with staged(path) as draft:
+            draft.write_text(text(found.checks), encoding="utf-8")
     answer(f"{target}: {len(found.statistics.moments)} sites, {found.statistics.samples} samples")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.anchors import Anchors, with_scales
 from mscompile.calibration import calibrate
 from mscompile.data import Source
 from mscompile.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
@@ -88,8 +89,19 @@ def calibrate_model(
         progress=progress,
     )
     checks: tuple[SiteCheck, ...] = ()
+    outputs, anchors = dense.weighted_outputs(options), Anchors(options.anchors, options.seed)
+    statistics = with_scales(
+        dense.scm,
+        dense.sites,
+        statistics,
+        options.objective,
+        samples,
+        anchors,
+        measure=what_to_measure(dense, options),
+        batch_size=dense.batch or options.batch_size,
+        progress=progress,
+    )
     scores = score(dense.scm, dense.sites, statistics, options.objective, seed=options.seed)
-    outputs = dense.weighted_outputs(options)
     notes = (*samples.notes, *scores.warnings, *imbalance(dense.model, outputs, next(samples.batches(options.batch_size))))
     if check:
         checks = tuple(
@@ -98,11 +110,13 @@ def calibrate_model(
                 dense.sites,
                 dense.ranks,
                 scores,
+                statistics,
                 outputs,
                 samples,
                 count=check,
                 batch_size=dense.batch or options.batch_size,
                 seed=options.seed,
+                exclude={tensor: anchors.of(site) for site in dense.sites if (tensor := site.tensor) in statistics.scales},
                 progress=progress,
             )
         )

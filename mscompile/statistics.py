@@ -6,7 +6,7 @@ Statistics of disjoint data add: ``a + b`` is what one pass over both would have
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -197,6 +197,22 @@ class WindowMoments:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How the second order holds at a site, as measured (`mscompile.anchors`).
+
+    Attributes
+    ----------
+    factor
+        Measured over predicted risk.
+    step
+        Constants are the means, plus so much of the way to the optima of the quadratic.
+    """
+
+    factor: float = 1.0
+    step: float = 1.0
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What calibration found.
 
@@ -220,6 +236,8 @@ class Statistics:
         What the curvature is of, as in `Measure`.
     outputs
         Weight by name of the outputs that it is of.
+    scales
+        By site tensor, where units were measured.
     """
 
     moments: Mapping[str, Moments]
@@ -229,8 +247,9 @@ class Statistics:
     samples: int
     data_sha256: tuple[str, ...]
     onnxruntime: str
-    metric: str
-    outputs: Mapping[str, float]
+    metric: str = "none"
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.moments.keys() != other.moments.keys() or self.curvature.keys() != other.curvature.keys():
@@ -247,4 +266,5 @@ class Statistics:
             self.onnxruntime,
             self.metric,
             self.outputs,
+            {**other.scales, **self.scales},
         )

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from mscompile.errors import UsageError
 from mscompile.files import staged
-from mscompile.statistics import Array, Curvature, Moments, Statistics, Window, WindowMoments
+from mscompile.statistics import Array, Curvature, Moments, Scale, Statistics, Window, WindowMoments
 
 SCHEMA_VERSION = 2
 _MOMENTS = ("mean", "squares", "scatter", "shared", "low", "high")
@@ -46,6 +46,7 @@ def save_statistics(statistics: Statistics, path: Path, *, model_sha256: str) ->
         "onnxruntime": statistics.onnxruntime,
         "metric": statistics.metric,
         "outputs": dict(statistics.outputs),
+        "scales": {name: vars(scale) for name, scale in statistics.scales.items()},
         "refused": dict(statistics.refused),
         "moments": {name: moments.count for name, moments in statistics.moments.items()},
         "curvature": {name: curvature.samples for name, curvature in statistics.curvature.items()},
@@ -119,6 +120,7 @@ def load_statistics(path: Path, *, model_sha256: str) -> Statistics:
             header["onnxruntime"],
             str(header["metric"]),
             {str(name): float(weight) for name, weight in header["outputs"].items()},
+            {str(name): Scale(float(s["factor"]), float(s["step"])) for name, s in header["scales"].items()},
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(

@@ -111,16 +111,23 @@ def test_a_plan_file_is_what_make_plan_makes_of_the_statistics(digits: Path) -> 
 @pytest.mark.parametrize("units", RANKED)
 def test_predictions_are_checked(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], units: int) -> None:
     model = digits / "digits.onnx"
-    assert command("calibrate", model, "-o", tmp_path / "s", "--check", units) == 0
+    pages = ("--svg", tmp_path / "p.svg", "--html", tmp_path / "p.html")
+    assert command("calibrate", model, "-o", tmp_path / "s", "--check", units, *pages) == 0
     printed = capsys.readouterr().err.splitlines()
     start = next(i for i, line in enumerate(printed) if "Spearman" in line)
-    assert printed[start].split() == ["site", "units", "Spearman", "predicted/measured", "of"]
+    assert printed[start].split() == ["site", "units", "Spearman", "variance", "predicted/measured", "of"]
     cells = [line.split() for line in printed[start + 1 :]]
     rows = [row for row in cells if len(row) > 4 and row[1] == str(units)]
     assert [row[0] for row in rows] == [site.tensor for site in open_dense(model).sites]
     for row in rows:
         assert float(row[2]) > RANKED[units], row
-        assert abs(float(row[3]) - 1) < RATIO, row
+        assert abs(float(row[4]) - 1) < RATIO, row
+    svg = (tmp_path / "p.svg").read_text()
+    assert all(row[0] in svg for row in rows)
+    assert svg.count("<title>") > units * len(rows) // 2  # logarithms leave out units without any effect
+    page = (tmp_path / "p.html").read_text()
+    assert svg in page
+    assert page.count("<tr>") == 1 + len(rows)
 
 
 def test_statistics_files_are_exact(digits: Path, tmp_path: Path) -> None:
