@@ -13,9 +13,12 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from mscompile.errors import ModelError, MscompileError, ResourceError, UnsupportedError, UsageError, VerificationError
 
+LISTED = 4
+"""IR version before which every initializer had to be listed as an input as well, and none could be overridden."""
 INLINE_LIMIT = 1 << 30
 """Bytes of weights above which they go to an external file (protobuf ends at 2 GiB)."""
 LARGEST = (1 << 31) - 1
@@ -340,6 +343,8 @@ def save_model(model: ir.Model, target: Path, *, external: bool = False) -> tupl
     Weights go to ``TARGET.data`` where `external` is set or the model holds more than `INLINE_LIMIT` bytes of them; the
     bytes of that file are counted, too.
     """
+    if (model.ir_version or LISTED) < LISTED:
+        model = common.AddInitializersToInputsPass()(model.clone()).model
     with staged(target) as draft:
         if external or is_large(model):
             ir.save(model.clone(), draft, external_data=data_file(target).name)

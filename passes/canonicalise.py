@@ -1,7 +1,8 @@
 """Canonical form: what exporters write in many ways is brought into one, without changing a single output bit.
 
-Weights in Constant nodes become initializers; Identity nodes vanish; what is computed from parameters or from declared
-shapes alone is computed at once; Splits state their sizes; unused nodes and initializers are dropped; nodes are sorted.
+Functions are inlined; weights in Constant nodes become initializers; Identity nodes vanish; what is computed from parameters
+or from declared shapes alone is computed at once; packed projections are parted before their heads are split; Splits state
+their sizes; unused nodes and initializers are dropped; nodes are sorted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from mscompile.files import LISTED
 from mscompile.operators import Shape, is_parameter
 from mscompile.passes.readers import add_parameter, array_of
 from mscompile.passes.shapes import FoldShapes
@@ -235,7 +237,29 @@ def _picked(node: ir.Node, axis: int, count: int, rank: int) -> tuple[int, ir.Va
 PARTS = 8
 """Parts into which a projection is packed at most: queries, keys and values are three."""
 
+@dataclass(frozen=True)
+class FixInitializers(ir.passes.InPlacePass):
+    """In old files initializers are listed as inputs only because the format asked for it: they are fixed."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        if (model.ir_version or LISTED) >= LISTED:
+            return ir.passes.PassResult(model, False)
+        return common.RemoveInitializersFromInputsPass()(model)
+
+
+@dataclass(frozen=True)
+class InlineFunctions(ir.passes.InPlacePass):
+    """Functions that the file defines are written out where they are called."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        return common.InlinePass()(model) if model.functions else ir.passes.PassResult(model, False)
+
+
 CANONICALISE = ir.passes.Sequential(
+    InlineFunctions(),
+    FixInitializers(),
     common.TopologicalSortPass(),
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     RemoveIdentities(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -10,6 +12,7 @@ import pytest
 from golden import canonical, inputs, proto, run
 from test_passes import interface, serialised
 
+from mscompile.files import save_model
 from mscompile.passes import CANONICALISE
 from mscompile.scm import read_scm
 
@@ -205,6 +208,48 @@ def test_canonical_form_changes_no_bit(case: str):
     once = serialised(found)
     assert not CANONICALISE(found).modified
     assert serialised(found) == once
+
+
+def test_functions_are_written_out():
+    text = """<ir_version: 10, opset_import: ["" : 17, "local" : 1]>
+    g (float[N,4] x) => (float[N,3] y) <float[4,8] w1, float[8,3] w2> {
+        h = local.layer(x, w1)
+        y = MatMul(h, w2)
+    }
+    <opset_import: ["" : 17], domain: "local">
+    layer (a, w) => (c) {
+        b = MatMul(a, w)
+        c = Relu(b)
+    }"""
+    source = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for value in list(source.graph.value_info):
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        array = rng.standard_normal(shape).astype(np.float32)
+        source.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
+    found = canonical(source)
+    assert [node.op_type for node in found.graph] == ["MatMul", "Relu", "MatMul"]
+    assert len(read_scm(found).sites) == 1
+    feed = inputs(found)
+    np.testing.assert_array_equal(run(source, feed)["y"], run(found, feed)["y"])
+
+
+def test_initializers_of_old_files_are_fixed_though_listed_as_inputs(tmp_path: Path):
+    text = """(float[N,4] x) => (float[N,3] y) <float[4,8] w1, float[8,3] w2> {
+        h = MatMul(x, w1)
+        y = MatMul(h, w2)
+    }"""
+    source = proto(text, opset=8)
+    source.ir_version = 3
+    for tensor in source.graph.initializer:
+        source.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.checker.check_model(source, full_check=True)
+    found = canonical(source)
+    assert read_scm(found).sites[0].refusal is None
+    save_model(found, tmp_path / "again.onnx")
+    again = onnx.load(tmp_path / "again.onnx")
+    assert again.ir_version == 3
+    assert [value.name for value in again.graph.input] == [value.name for value in source.graph.input]
 
 
 def test_a_shape_speaks_only_of_the_axes_that_are_taken_from_it():

@@ -6,12 +6,55 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mscompile.operators.axes import Barrier, Operator
+from mscompile.operators.axes import OUT, Barrier, Linear, NodeView, Operator, Port, Signature
 from mscompile.operators.backward import Backward, Formula, Reverse, Term, slope
-from mscompile.operators.elementwise import gelu, swish, tanh_gelu
+from mscompile.operators.elementwise import gelu, swish, tanh_gelu, unary
 from mscompile.operators.positions import layer_normalisation_terms
 
 DOMAIN = "com.microsoft"
+
+
+def biased_unary(node: NodeView) -> Signature | str:
+    """Acts on input 0 plus a vector over its last axis, if one is given."""
+    base, rank = unary(node), node.rank(0)
+    if isinstance(base, str) or rank is None or node.value(1) is None:
+        return base
+    return Signature((*base.links[:-1], ((0, rank - 1), (1, 0), (OUT, rank - 1))))
+
+
+def fused_matmul(node: NodeView) -> Signature | str:
+    """``alpha · A B`` with matrices transposed first, as they say; stacks in step."""
+    left, right = node.shape(0), node.shape(1)
+    if left is None or right is None or min(len(left), len(right)) < 2:
+        return "its operands are not matrices of known rank"
+    if node.attribute("transBatchA", 0) or node.attribute("transBatchB", 0):
+        return "turns its stacks as well"
+    a, b, rank = len(left), len(right), max(len(left), len(right))
+    row, inner = (a - 1, a - 2) if node.attribute("transA", 0) else (a - 2, a - 1)
+    column, outer = (b - 2, b - 1) if node.attribute("transB", 0) else (b - 1, b - 2)
+    links: list[tuple[Port, ...]] = [
+        ((0, inner), (1, outer)),
+        ((0, row), (OUT, rank - 2)),
+        ((1, column), (OUT, rank - 1)),
+    ]
+    for axis in range(rank - 2):
+        ports = ((0, axis - rank + a), (1, axis - rank + b))
+        links.append((*((i, p) for i, p in ports if p >= 0 and (left, right)[i][p] != 1), (OUT, axis)))
+    gain = float(node.attribute("alpha", 1.0))
+    weight_last = 1 not in node.live and b == 2
+    return Signature(tuple(links), linear=Linear(0, 1, None, gain=gain) if weight_last else None)
+
+
+def skip_normalisation(node: NodeView) -> Signature | str:
+    """Normalises a sum over its last axis; the others pass."""
+    rank = node.rank(0)
+    if rank is None or node.shape(0) != node.shape(1):
+        return "its operands are not of one known shape"
+    links = tuple(((0, a), (1, a), (OUT, a), (~3, a)) for a in range(rank - 1))
+    return Signature(links, mixes="normalises across this axis")
+
+
+# -- reverse --
 
 
 def biased(b: Backward) -> Term:
@@ -44,14 +87,21 @@ def skip_layer_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | st
     return dict.fromkeys(b.wanted, gradient)
 
 
-def _row(name: str, reverse: Reverse) -> Operator:
-    return Operator(name, Barrier(f"has no declaration (domain {DOMAIN})"), domain=DOMAIN, reverse=reverse)
-
+_PACKED = "packs projections, heads and softmax into one operator"
+_ATTENTION = "Attention MultiHeadAttention GroupQueryAttention PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
+_OTHER = "RotaryEmbedding EmbedLayerNormalization SkipSimplifiedLayerNormalization SimplifiedLayerNormalization"
 
 ROWS = (
-    _row("Gelu", slope(lambda b: gelu(b.x))),
-    _row("BiasGelu", only_data(lambda b: gelu(biased(b)))),
-    _row("FastGelu", only_data(lambda b: tanh_gelu(biased(b)))),
-    _row("QuickGelu", slope(lambda b: swish(b.x, b.y, b.view.attribute("alpha", 1.702)))),
-    _row("SkipLayerNormalization", skip_layer_normalisation_reverse),
+    Operator("Gelu", unary, domain=DOMAIN, reverse=slope(lambda b: gelu(b.x)), like=0),
+    Operator("BiasGelu", biased_unary, domain=DOMAIN, reverse=only_data(lambda b: gelu(biased(b))), like=0),
+    Operator("FastGelu", biased_unary, domain=DOMAIN, reverse=only_data(lambda b: tanh_gelu(biased(b))), like=0),
+    Operator(
+        "QuickGelu", unary, domain=DOMAIN, reverse=slope(lambda b: swish(b.x, b.y, b.view.attribute("alpha", 1.702))), like=0
+    ),
+    Operator("FusedMatMul", fused_matmul, domain=DOMAIN),
+    Operator(
+        "SkipLayerNormalization", skip_normalisation, domain=DOMAIN, reverse=skip_layer_normalisation_reverse, like=0
+    ),
+    *(Operator(name, Barrier(_PACKED), domain=DOMAIN, like=0) for name in _ATTENTION.split()),
+    *(Operator(name, Barrier(f"has no declaration (domain {DOMAIN})"), domain=DOMAIN, like=0) for name in _OTHER.split()),
 )
