@@ -117,13 +117,19 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
 
 
 def _shape_like(graph: ir.Graph) -> None:
-    """Put an Identity, which onnx knows the shapes of, in the place of nodes that the table says are alike in this."""
+    """Put an Identity or Einsum, which onnx knows the shapes of, in place of nodes that the table says are alike in this."""
     for node in list(graph):
         row, old = declared(node), node.outputs[0]
-        if row is None or row.like is None:
+        like = None if row is None else row.like(node) if callable(row.like) else row.like
+        if like is None:
             continue
         new = ir.Value(name=old.name, shape=old.shape, type=old.type)
-        graph.insert_before(node, ir.node("Identity", [node.inputs[row.like]], outputs=[new]))
+        if isinstance(like, int):
+            stand_in = ir.node("Identity", [node.inputs[like]], outputs=[new])
+        else:
+            operands = node.inputs[: like.count(",") + 1]
+            stand_in = ir.node("Einsum", operands, {"equation": like}, outputs=[new])
+        graph.insert_before(node, stand_in)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         old.name = None
 

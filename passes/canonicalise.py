@@ -237,6 +237,7 @@ def _picked(node: ir.Node, axis: int, count: int, rank: int) -> tuple[int, ir.Va
 PARTS = 8
 """Parts into which a projection is packed at most: queries, keys and values are three."""
 
+
 @dataclass(frozen=True)
 class FixInitializers(ir.passes.InPlacePass):
     """In old files initializers are listed as inputs only because the format asked for it: they are fixed."""

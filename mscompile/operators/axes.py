@@ -236,7 +236,8 @@ class Operator:
     reverse
         Reverse-mode rule; where it is not set, curvature cannot pass the operator.
     like
-        Operand whose shape the output has, for operators that onnx knows no shapes of.
+        Operand whose shape the output has, or equation of an Einsum of the first operands whose shape it has, for operators
+        that onnx knows no shapes of.
     """
 
     name: str
@@ -244,4 +245,4 @@ class Operator:
     domain: str = ""
     macs: Callable[[NodeView], int] | None = None
     reverse: Reverse | None = None
-    like: int | None = None
+    like: int | Callable[[ir.Node], str | None] | None = None

@@ -10,6 +10,7 @@ from mscompile.operators.axes import OUT, Barrier, Linear, NodeView, Operator, P
 from mscompile.operators.backward import Backward, Formula, Reverse, Term, slope
 from mscompile.operators.elementwise import gelu, swish, tanh_gelu, unary
 from mscompile.operators.positions import layer_normalisation_terms
+from mscompile.operators.products import product_macs
 
 DOMAIN = "com.microsoft"
 
@@ -54,6 +55,13 @@ def skip_normalisation(node: NodeView) -> Signature | str:
     return Signature(links, mixes="normalises across this axis")
 
 
+def _product(node: ir.Node) -> str:
+    left, right = ("ji" if "transA" in node.attributes and node.attributes["transA"].as_int() else "ij"), "jk"
+    if "transB" in node.attributes and node.attributes["transB"].as_int():
+        right = "kj"
+    return f"...{left},...{right}->...ik"
+
+
 # -- reverse --
 
 
@@ -65,6 +73,27 @@ def biased(b: Backward) -> Term:
 def only_data(formula: Formula) -> Reverse:
     """Rule of an operator whose other operands are parameters."""
     return lambda b: slope(formula)(b) if b.wanted == {0} else "computes its bias"
+
+
+def fused_matmul_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
+    """As of a matrix product of the turned operands, turned back."""
+    refused = fused_matmul(b.view)
+    if isinstance(refused, str):
+        return refused
+    ranks = b.rank(0), b.rank(1)
+    turned = [bool(b.view.attribute(name, 0)) for name in ("transA", "transB")]
+    left, right = (
+        b.build.swap(b.input(i), ranks[i]) if turn else b.input(i) for i, turn in enumerate(turned)
+    )
+    gradient = (b.g * float(b.view.attribute("alpha", 1.0))).value
+    found = {}
+    for operand in b.wanted:
+        if ranks[operand] < b.rank(OUT) or b.shape(operand)[:-2] != b.shape(OUT)[:-2]:
+            return "repeats a stack of matrices"
+        factors = (gradient, b.build.swap(right, ranks[1])) if operand == 0 else (b.build.swap(left, ranks[0]), gradient)
+        product = b.op("MatMul", *factors)
+        found[operand] = b.build.swap(product, ranks[operand]) if turned[operand] else product
+    return found
 
 
 def skip_layer_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
@@ -88,8 +117,8 @@ def skip_layer_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | st
 
 
 _PACKED = "packs projections, heads and softmax into one operator"
-_ATTENTION = "Attention MultiHeadAttention GroupQueryAttention PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
-_OTHER = "RotaryEmbedding EmbedLayerNormalization SkipSimplifiedLayerNormalization SimplifiedLayerNormalization"
+_ATTENTION = "Attention MultiHeadAttention PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
+_OTHER = "RotaryEmbedding SkipSimplifiedLayerNormalization SimplifiedLayerNormalization"
 
 ROWS = (
     Operator("Gelu", unary, domain=DOMAIN, reverse=slope(lambda b: gelu(b.x)), like=0),
@@ -98,10 +127,9 @@ ROWS = (
     Operator(
         "QuickGelu", unary, domain=DOMAIN, reverse=slope(lambda b: swish(b.x, b.y, b.view.attribute("alpha", 1.702))), like=0
     ),
-    Operator("FusedMatMul", fused_matmul, domain=DOMAIN),
-    Operator(
-        "SkipLayerNormalization", skip_normalisation, domain=DOMAIN, reverse=skip_layer_normalisation_reverse, like=0
-    ),
-    *(Operator(name, Barrier(_PACKED), domain=DOMAIN, like=0) for name in _ATTENTION.split()),
+    Operator("FusedMatMul", fused_matmul, domain=DOMAIN, macs=product_macs, reverse=fused_matmul_reverse, like=_product),
+    Operator("SkipLayerNormalization", skip_normalisation, domain=DOMAIN, reverse=skip_layer_normalisation_reverse, like=0),
+    *(Operator(name, Barrier(_PACKED), domain=DOMAIN) for name in _ATTENTION.split()),
+    Operator("GroupQueryAttention", Barrier(_PACKED), domain=DOMAIN, like=0),
     *(Operator(name, Barrier(f"has no declaration (domain {DOMAIN})"), domain=DOMAIN, like=0) for name in _OTHER.split()),
 )
