@@ -116,12 +116,16 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
     return shapes
 
 
+EINSUM = 12
+"""Opset that Einsum came with."""
+
+
 def _shape_like(graph: ir.Graph) -> None:
     """Put an Identity or Einsum, which onnx knows the shapes of, in place of nodes that the table says are alike in this."""
     for node in list(graph):
         row, old = declared(node), node.outputs[0]
         like = None if row is None else row.like(node) if callable(row.like) else row.like
-        if like is None:
+        if like is None or (isinstance(like, str) and graph.opset_imports.get("", 1) < EINSUM):
             continue
         new = ir.Value(name=old.name, shape=old.shape, type=old.type)
         if isinstance(like, int):
@@ -131,7 +135,7 @@ def _shape_like(graph: ir.Graph) -> None:
             stand_in = ir.node("Einsum", operands, {"equation": like}, outputs=[new])
         graph.insert_before(node, stand_in)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        old.name = None
+        old.name = f"{old.name}.unknown"
 
 
 def size_of(dim: int | ir.SymbolicDimProtocol) -> Dim:

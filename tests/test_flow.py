@@ -18,7 +18,7 @@ import onnx_ir as ir
 import pytest
 from golden import canonical, inputs, run
 from onnx import helper, numpy_helper
-from test_operators import EXAMPLES, ROUNDING, Example, outputs_of
+from test_operators import EXAMPLES, MICROSOFT, ROUNDING, Example, outputs_of
 
 from mscompile.operators import OUT, Port
 from mscompile.passes import RemoveDeadUnits
@@ -135,7 +135,9 @@ def model_around(case: Case) -> onnx.ModelProto:
         else:
             names.append(around.enter(f"i{i}", operand.dtype, operand.shape))
     outs = [f"o{i}" for i in range(example.outputs)]
-    around.nodes.append(helper.make_node(example.op, names, outs, name="node", **dict(example.attributes)))
+    around.nodes.append(
+        helper.make_node(example.op, names, outs, name="node", domain=example.domain, **dict(example.attributes))
+    )
     ends = []
     for i, name in enumerate(outs):
         shape = example.view().shape(~i)
@@ -151,7 +153,9 @@ def model_around(case: Case) -> onnx.ModelProto:
         rank = 2 if case.reading == "flat" and len(shape) > 1 else len(shape)
         ends.append(helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [None] * rank))
     graph = helper.make_graph(around.nodes, "around", around.entering, ends, around.stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", example.opset)], ir_version=10)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", example.opset), helper.make_opsetid(MICROSOFT, 1)], ir_version=10
+    )
 
 
 def reached(case: Case) -> list[Port]:

@@ -386,6 +386,20 @@ EXAMPLES = [
     # onnxruntime's own
     *(ex(op, x(3, 4), domain="com.microsoft") for op in ("Gelu", "QuickGelu", "FastGelu")),
     *(ex(op, x(3, 4), w(4), domain="com.microsoft") for op in ("BiasGelu", "FastGelu")),
+    *(
+        ex(
+            "FusedMatMul",
+            x(*((2, 4, 3) if a else (2, 3, 4))),
+            x(*((2, 5, 4) if b else (2, 4, 5))),
+            transA=a,
+            transB=b,
+            alpha=0.5,
+            since=12,
+            domain="com.microsoft",
+        )
+        for a in (0, 1)
+        for b in (0, 1)
+    ),
     ex("SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), w(4), w(4), domain="com.microsoft", epsilon=0.1),
     ex(
         "SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), outputs=4, seeded=(0, 3), domain="com.microsoft", epsilon=0.1

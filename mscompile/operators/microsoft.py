@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -10,7 +11,6 @@ from mscompile.operators.axes import OUT, Barrier, Linear, NodeView, Operator, P
 from mscompile.operators.backward import Backward, Formula, Reverse, Term, slope
 from mscompile.operators.elementwise import gelu, swish, tanh_gelu, unary
 from mscompile.operators.positions import layer_normalisation_terms
-from mscompile.operators.products import product_macs
 
 DOMAIN = "com.microsoft"
 
@@ -51,15 +51,23 @@ def skip_normalisation(node: NodeView) -> Signature | str:
     rank = node.rank(0)
     if rank is None or node.shape(0) != node.shape(1):
         return "its operands are not of one known shape"
-    links = tuple(((0, a), (1, a), (OUT, a), (~3, a)) for a in range(rank - 1))
+    outs = [OUT] if node.value(~3) is None else [OUT, ~3]
+    links = tuple(((0, a), (1, a), *((o, a) for o in outs)) for a in range(rank - 1))
     return Signature(links, mixes="normalises across this axis")
 
 
+def fused_macs(node: NodeView) -> int:
+    """Each output element takes one row of the left operand."""
+    inner = node.shape(0)[-2 if node.attribute("transA", 0) else -1]  # type: ignore[index]
+    return math.prod(node.shape(OUT) or ()) * int(inner or 1)  # type: ignore[arg-type]
+
+
 def _product(node: ir.Node) -> str:
-    left, right = ("ji" if "transA" in node.attributes and node.attributes["transA"].as_int() else "ij"), "jk"
-    if "transB" in node.attributes and node.attributes["transB"].as_int():
-        right = "kj"
-    return f"...{left},...{right}->...ik"
+    """The product as an equation; a stored matrix multiplies every matrix of a stack, computed stacks are alike."""
+    turned = [name in node.attributes and bool(node.attributes[name].as_int()) for name in ("transA", "transB")]
+    left, right = "ji" if turned[0] else "ij", "kj" if turned[1] else "jk"
+    stored = node.inputs[1] is not None and node.inputs[1].const_value is not None
+    return f"...{left},{right}->...ik" if stored else f"...{left},...{right}->...ik"
 
 
 # -- reverse --
@@ -82,9 +90,7 @@ def fused_matmul_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
         return refused
     ranks = b.rank(0), b.rank(1)
     turned = [bool(b.view.attribute(name, 0)) for name in ("transA", "transB")]
-    left, right = (
-        b.build.swap(b.input(i), ranks[i]) if turn else b.input(i) for i, turn in enumerate(turned)
-    )
+    left, right = (b.build.swap(b.input(i), ranks[i]) if turn else b.input(i) for i, turn in enumerate(turned))
     gradient = (b.g * float(b.view.attribute("alpha", 1.0))).value
     found = {}
     for operand in b.wanted:
@@ -127,7 +133,7 @@ ROWS = (
     Operator(
         "QuickGelu", unary, domain=DOMAIN, reverse=slope(lambda b: swish(b.x, b.y, b.view.attribute("alpha", 1.702))), like=0
     ),
-    Operator("FusedMatMul", fused_matmul, domain=DOMAIN, macs=product_macs, reverse=fused_matmul_reverse, like=_product),
+    Operator("FusedMatMul", fused_matmul, domain=DOMAIN, macs=fused_macs, reverse=fused_matmul_reverse, like=_product),
     Operator("SkipLayerNormalization", skip_normalisation, domain=DOMAIN, reverse=skip_layer_normalisation_reverse, like=0),
     *(Operator(name, Barrier(_PACKED), domain=DOMAIN) for name in _ATTENTION.split()),
     Operator("GroupQueryAttention", Barrier(_PACKED), domain=DOMAIN, like=0),
