@@ -33,7 +33,7 @@ def check_patches(name: str, model: Intervened, batch: Feed, output: str) -> Non
             patch.tensor: (np.full((count, values[patch.tensor].shape[patch.axis]), value), values[patch.tensor])
             for patch in model.patches
         }
-        if not unchanged(model.run(batch, settings, [output])[output], values[output]):
+        if not unchanged(model.run(batch, settings, [output])[output], values[output], model.digits):
             raise VerificationError(
                 f"the {check} patch changes the {name} model",
                 where=f"output {output!r}",
@@ -57,7 +57,7 @@ def check_full_source(model: Intervened, batch: Feed, output: str) -> None:
         patch.tensor: (np.ones((count, values[patch.tensor].shape[patch.axis]), dtype=np.bool_), values[patch.tensor])
         for patch in model.patches
     }
-    if not unchanged(model.run(turned, settings, [output])[output], values[output]):
+    if not unchanged(model.run(turned, settings, [output])[output], values[output], model.digits):
         raise VerificationError(
             "the full-source patch does not reproduce the source",
             where=f"output {output!r}",
@@ -66,15 +66,19 @@ def check_full_source(model: Intervened, batch: Feed, output: str) -> None:
         )
 
 
-def unchanged(found: npt.NDArray[Any], plain: npt.NDArray[Any]) -> bool:
-    """Whether outputs are bit for bit the same; for 16-bit floats, to a few units in the last place.
+def unchanged(found: npt.NDArray[Any], plain: npt.NDArray[Any], digits: int | None) -> bool:
+    """Whether outputs are bit for bit the same; in models with 16-bit floats, to a few units in the last place of these.
 
     onnxruntime computes those in float32 and rounds at the tensors that an intervention adds to the graph.
+
+    Parameters
+    ----------
+    digits
+        Binary digits of the 16-bit type, see `Intervened.digits`.
     """
-    if found.dtype.itemsize > 2 or found.dtype.kind in "iub?":
-        return np.array_equal(found, plain, equal_nan=found.dtype.kind == "f")
+    if digits is None or found.dtype.kind in "iub?":
+        return np.array_equal(found, plain, equal_nan=found.dtype.kind not in "iub?")
     a, b = found.astype(np.float64), plain.astype(np.float64)
-    digits = 10 if found.dtype == np.float16 else 7
     return bool(
         np.allclose(a, b, rtol=0.0, atol=8 * 2.0**-digits * float(np.nanmax(np.abs(b), initial=0.0)), equal_nan=True)
     )
@@ -114,7 +118,7 @@ def check_rows(name: str, model: Intervened, batch: Feed) -> None:
     alone = model.read(first)
     for patch in model.patches:
         rows, rest = divmod(values[patch.tensor].shape[0], count)
-        same = not rest and unchanged(alone[patch.tensor][:rows], values[patch.tensor][:rows])
+        same = not rest and unchanged(alone[patch.tensor][:rows], values[patch.tensor][:rows], model.digits)
         if rest or (rows > 1 and not same):
             raise VerificationError(
                 f"units of the {name} model cannot be set sample by sample",
@@ -165,7 +169,7 @@ def planted_defects(
         source = values[patch.tensor].reshape(count, rows, *values[patch.tensor].shape[1:])[::-1]
         settings[patch.tensor] = (mask, np.ascontiguousarray(source.reshape(values[patch.tensor].shape)))
     wanted = model.run(batch, settings, [output])[output]
-    if not unchanged(model.run(batch, settings, [output])[output], wanted):
+    if not unchanged(model.run(batch, settings, [output])[output], wanted, model.digits):
         raise VerificationError(
             "the dense model does not agree with itself",
             where=f"output {output!r}",
@@ -188,6 +192,6 @@ def planted_defects(
                 wide = mask.copy()
                 wide[:, unit] = True
             changed = {**settings, patch.tensor: (wide, np.ascontiguousarray(np.moveaxis(broken, 0, patch.axis)))}
-            if not unchanged(model.run(batch, changed, [output])[output], wanted):
+            if not unchanged(model.run(batch, changed, [output])[output], wanted, model.digits):
                 tensors.append(patch.tensor)
     return seen

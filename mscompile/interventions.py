@@ -37,11 +37,21 @@ class Intervened:
         Any model; it is not changed.
     patches
         The tensors whose units are read or set.
+
+    Attributes
+    ----------
+    digits
+        Binary digits of the narrowest 16-bit floats in the model; None where there are none.
     """
 
     def __init__(self, model: onnx.ModelProto, patches: Sequence[Patch]) -> None:
         self.patches = tuple(patches)
         skeleton, weights = weightless(model)
+        kinds = {tensor.data_type for tensor in model.graph.initializer} | {
+            value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)
+        }
+        narrow = {onnx.TensorProto.BFLOAT16: 7, onnx.TensorProto.FLOAT16: 10}
+        self.digits = next((digits for kind, digits in narrow.items() if kind in kinds), None)
         tensors = [patch.tensor for patch in patches]
         self.outputs = [output.name for output in model.graph.output]
         self._plain = Session(probe(skeleton, tensors), optimise=False, weights=weights)

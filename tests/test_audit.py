@@ -251,6 +251,70 @@ def test_random_models_are_refused(tmp_path: Path) -> None:
         found(tmp_path, data={"x": samples(100)})
 
 
+# --- pairs that were not compiled here --------------------------------------------------------------------------------
+
+
+def halved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network in 16 bits inside, float32 at its ends."""
+    weights = {t.name for t in model.graph.initializer}
+    for tensor in list(model.graph.initializer):
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for node in model.graph.node:
+        node.input[:] = ["x16" if name == "x" else name for name in node.input]
+        node.output[:] = ["y16" if name == "y" else name for name in node.output]
+    first = onnx.helper.make_node("Cast", ["x"], ["x16"], to=onnx.TensorProto.FLOAT16)
+    last = onnx.helper.make_node("Cast", ["y16"], ["y"], to=onnx.TensorProto.FLOAT)
+    nodes = [first, *model.graph.node, last]
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    assert weights
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def quantised(source: Path, target: Path) -> None:
+    """Dynamic quantisation of weights and activations, as onnxruntime does it."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(source, target, weight_type=QuantType.QInt8)
+
+
+@pytest.mark.parametrize("made", ["16 bits", "8 bits", "16-bit input"])
+def test_other_precisions(tmp_path: Path, made: str) -> None:
+    onnx.save(mlp((FEATURES, 24, 16, 3)), tmp_path / "dense.onnx")
+    if made == "8 bits":
+        quantised(tmp_path / "dense.onnx", tmp_path / "small.onnx")
+    elif made == "16 bits":
+        onnx.save(halved(mlp((FEATURES, 24, 16, 3))), tmp_path / "small.onnx")
+    else:
+        onnx.save(mlp((FEATURES, 24, 16, 3), dtype=np.float16), tmp_path / "small.onnx")
+    report = found(tmp_path, data={"x": samples(300, seed=2)})
+    assert (report.verdict, report.tau_origin) == ("certified", "weights")
+    assert [(site.dense, len(site.dense_channels)) for site in report.tau] == [("h0", 24), ("h1", 16)]
+    assert all(0.98 < site.alike < 1 for site in report.tau if site.alike is not None)
+    assert (report.batch_size == 1) == (made == "8 bits")
+    assert any("rounded for it" in warning for warning in report.warnings) == (made == "16-bit input")
+
+
+def test_tau_by_hand(folder: Path, tmp_path: Path) -> None:
+    report = found(folder)
+    sites = [
+        {"dense": s.dense, "compiled": s.compiled, "dense_axis": -1, "compiled_axis": -1,
+         "dense_channels": s.dense_channels, "compiled_channels": s.compiled_channels}
+        for s in report.tau
+    ]  # fmt: skip
+    given = tmp_path / "tau.json"
+    given.write_text(json.dumps({"sites": sites}))
+    same = found(folder, tau=given)
+    assert (same.tau_origin, same.claims) == ("given", report.claims)
+    given.write_text(json.dumps({site.dense: site.dense_channels for site in report.tau}))
+    assert found(folder, tau=given).claims == report.claims
+    for wrong in ("nothing", "{}", json.dumps({"h0": [0, 0]}), json.dumps({"sites": [{**sites[0], "dense_channels": [1]}]})):
+        given.write_text(wrong)
+        with pytest.raises(UsageError, match="tau"):
+            found(folder, tau=given)
+
+
 # --- independence -----------------------------------------------------------------------------------------------------
 
 
