@@ -27,7 +27,7 @@ from mscompile.search import order_units, what_to_measure
 from mscompile.statistics import Statistics
 from mscompile.statistics_file import load_statistics, save_statistics
 from mscompile.verify import fold_error, make_pair
-from mscompile.windows import window_name, window_of, window_weight
+from mscompile.windows import view_of, window_name, window_weight
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,9 @@ def _check_windows(dense: DenseModel, site: Site, entry: SitePlan) -> None:
     readers = {window_name(reader): reader for reader in site.readers}
     for planned in entry.windows:
         reader = readers.get(planned.reader)
-        window = None if reader is None else window_of(site, reader, dense.opset)
+        window = None if reader is None else view_of(site, reader)
         if reader is None or window is None:
-            why = "the site has no such reader, or it sees one position at a time"
+            why = "the site has no such reader, or it is neither a product with a matrix nor a plain convolution"
         else:
             outputs = window_weight(site, reader, window).shape[2]
             places = None if window.kernel else np.argsort(reader.index, kind="stable").reshape(site.size, -1)[entry.kept]

@@ -43,19 +43,25 @@ ROWS_PER_FEATURE = 48
 
 
 def window_of(site: Site, reader: Reader, opset: int) -> Window | None:
-    """The window of a reader; None where it sees one position at a time, too many features, or is no plain convolution."""
-    taps = len(reader.index) // site.size
-    if opset < OLDEST or reader.groups > 1:
+    """The window of a reader that sees more than one position at a time; None where it has none, or too many features."""
+    window = view_of(site, reader)
+    return window if window is not None and window.taps > 1 and window.features <= FEATURES and opset >= OLDEST else None
+
+
+def view_of(site: Site, reader: Reader) -> Window | None:
+    """What a reader sees at once, be it one position; None where it is neither a product with a matrix nor a convolution."""
+    if reader.groups > 1:
         return None
-    if taps > 1:
-        window = Window(site.size, taps)
-        fits = window.features <= FEATURES and reader.data_axis == 1 and len(reader.weight.shape or ()) == 2
-        return window if fits else None
+    taps, linear = len(reader.index) // site.size, reader.signature.linear
     tensor = reader.weight.const_value
+    assert linear is not None
     assert tensor is not None
-    kernel = tuple(int(d) for d in tensor.shape.numpy()[2:])
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    if len(shape) == 2 and linear.weight == 1 and (taps == 1 or reader.data_axis == 1):
+        return Window(site.size, taps)
+    kernel = shape[2:]
     attributes = reader.node.attributes
-    if reader.node.op_type != "Conv" or math.prod(kernel) == 1 or site.axis != 1:
+    if reader.node.op_type != "Conv" or taps > 1 or site.axis != 1:
         return None
     if "auto_pad" in attributes and attributes["auto_pad"].as_string() not in ("NOTSET", "VALID"):
         return None
@@ -65,8 +71,7 @@ def window_of(site: Site, reader: Reader, opset: int) -> Window | None:
 
     ones = [1] * len(kernel)
     pads = ints("pads", [0] * 2 * len(kernel))
-    window = Window(site.size, math.prod(kernel), kernel, ints("strides", ones), ints("dilations", ones), pads)
-    return window if window.features <= FEATURES else None
+    return Window(site.size, math.prod(kernel), kernel, ints("strides", ones), ints("dilations", ones), pads)
 
 
 def window_name(reader: Reader) -> str:
@@ -130,13 +135,13 @@ def fit_window(moments: WindowMoments, weight: Array, kept: IntArray, replaced: 
     # Products of float32 sums may leave a tiny negative eigenvalue: an indefinite solver copes where Cholesky would stop.
     gained = scipy.linalg.solve(h, cross.T @ flat[p], assume_a="sym")
     columns = flat[k] + gained[: len(k)]
-    on_marks = gained[len(k) :] + _through_marks(window, moments.centre, weight)
+    on_marks = gained[len(k) :] + through_marks(window, moments.centre, weight)
     by_tap = (moments.centre[kept, None, None] * columns.reshape(len(kept), taps, -1)).sum(axis=0)
     on_marks = on_marks - (by_tap if window.marks == taps else by_tap.sum(axis=0, keepdims=True))
     return Refit(columns.reshape(len(kept), taps, -1), on_marks)
 
 
-def _through_marks(window: Window, centre: Array, weight: Array) -> Array:
+def through_marks(window: Window, centre: Array, weight: Array) -> Array:
     """[marks, outputs]: what the centres of all channels contribute to the dense reader."""
     by_tap: Array = (centre[:, None, None] * weight).sum(axis=0)
     return by_tap if window.marks == window.taps else by_tap.sum(axis=0, keepdims=True)
