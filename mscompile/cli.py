@@ -96,6 +96,13 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
     metavar="[SITE=]N",
     help="Share of the channels to keep at every site, or at one: SITE=0.5 (share), SITE=128 (number). Repeatable.",
 )
+@click.option("--params", type=float, metavar="SHARE", help="Share of the parameters to reach, at least risk.")
+@click.option("--macs", type=float, metavar="SHARE", help="Share of the multiply-accumulates to reach, at least risk.")
+@click.option("--latency", type=float, metavar="SHARE", help="Share of the time per batch to reach, as measured here.")
+@click.option(
+    "--recalibrate/--no-recalibrate", default=True, help="Fit readers again on the compiled network. [default: recalibrate]"
+)
+@click.option("--cache/--no-cache", default=True, help="Keep measured latencies of operators. [default: cache]")
 @click.option(
     "--objective",
     default="logit-mse",
@@ -148,9 +155,11 @@ def compile_command(
     from mscompile.options import Options
     from mscompile.pipeline import compile_model
 
-    if keep and fidelity is not None:
+    goals = {"keep": keep or None, "fidelity": fidelity, **{name: chosen[name] for name in ("params", "macs", "latency")}}
+    given = [f"--{name}" for name, goal in goals.items() if goal is not None]
+    if len(given) > 1:
         raise UsageError(
-            "there are two goals", where="--keep, --fidelity", why="only one can lead the search", hint="leave one out"
+            "there are two goals", where=", ".join(given), why="only one can lead the search", hint="leave one out"
         )
     if fidelity is not None:
         chosen["fidelity"] = fidelity

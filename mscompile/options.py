@@ -32,8 +32,10 @@ class Options:
     ----------
     keep
         Share of every site's channels to keep, or shares (float) and numbers (int) by site. None: search for `fidelity`.
+    params, macs, latency
+        Share of the dense model's parameters, multiply–accumulates or measured time to reach, at least risk over all sites.
     fidelity
-        Interchange-intervention accuracy to certify, where `keep` is not given.
+        Interchange-intervention accuracy to certify, where no other goal is given.
     objective, replacement
         Keys of `OBJECTIVES` and `REPLACEMENTS`.
     selection
@@ -46,6 +48,10 @@ class Options:
     output
         Weight by name of the outputs whose change is scored; None for all of floating point, see
         `DenseModel.weighted_outputs`.
+    recalibrate
+        Fit readers once more on the network as compiled so far, see `mscompile.recalibration`.
+    cache
+        Keep measured latencies of operators in the user's cache folder.
     law, swap
         Interchange law, see `Fidelity`, and its swap probability.
     delta
@@ -63,6 +69,9 @@ class Options:
     """
 
     keep: Keep | Mapping[str, Keep] | None = None
+    params: float | None = None
+    macs: float | None = None
+    latency: float | None = None
     fidelity: float = 0.95
     objective: Literal["logit-mse", "kl", "cross-entropy", "cwvar", "variance", "magnitude", "random"] = "logit-mse"
     selection: Literal["joint", "additive"] = "joint"
@@ -70,6 +79,8 @@ class Options:
     anchors: int = 4
     output: Mapping[str, float] | None = None
     replacement: Literal["affine", "affine-pointwise", "affine-parents", "constant"] = "affine"
+    recalibrate: bool = True
+    cache: bool = True
     law: Law = "one-site"
     swap: float = 0.1
     delta: float = 0.05
@@ -85,6 +96,8 @@ class Options:
         """Refuse what makes no sense."""
         checks: tuple[tuple[str, bool, str], ...] = (
             ("fidelity", 0.0 < self.fidelity < 1.0, "lies between 0 and 1"),
+            *((name, share is None or 0.0 < share <= 1.0, "is a share in (0, 1]") for name, share in self._costs),
+            ("goals", len(self._given) <= 1, "is one of keep, params, macs and latency"),
             ("swap", 0.0 <= self.swap <= 1.0, "lies in [0, 1]"),
             ("delta", 0.0 < self.delta < 1.0, "lies between 0 and 1"),
             ("selection", self.selection in ("joint", "additive"), "is joint or additive"),
@@ -115,10 +128,25 @@ class Options:
             if not holds:
                 raise UsageError(
                     f"option {name} makes no sense",
-                    where=f"{name} = {getattr(self, name)!r}",
+                    where=f"{name} = {getattr(self, name, self._given)!r}",
                     why=f"it {rule}",
                     hint="see `mscompile compile --help`",
                 )
+
+    @property
+    def _costs(self) -> tuple[tuple[str, float | None], ...]:
+        return (("params", self.params), ("macs", self.macs), ("latency", self.latency))
+
+    @property
+    def _given(self) -> tuple[str, ...]:
+        """Goals given."""
+        costs = tuple(name for name, share in self._costs if share is not None)
+        return costs if self.keep is None else ("keep", *costs)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the dense model's cost that is the goal; None where the goal is none."""
+        return next((share for _, share in self._costs if share is not None), None)
 
     @property
     def joint(self) -> bool:
@@ -132,6 +160,9 @@ class Options:
     @property
     def goal(self) -> str:
         """The goal in the words of the command line."""
+        for name, share in self._costs:
+            if share is not None:
+                return f"--{name} {share:g}"
         if self.keep is None:
             return f"--fidelity {self.fidelity:g}"
         if isinstance(self.keep, Mapping):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mscompile.clock import Clock
 from mscompile.data import Source
 from mscompile.dense import Model, check_outputs, find_data, into_memory, nothing_to_cut, open_dense
 from mscompile.errors import GoalError, UsageError
@@ -18,7 +19,7 @@ from mscompile.plan import Plan
 from mscompile.report import Report
 from mscompile.reporting import build_report, stamp
 from mscompile.runtime import Progress, no_progress
-from mscompile.search import Clock, compile_from_data, compile_from_weights
+from mscompile.search import compile_from_data, compile_from_weights
 
 
 @dataclass(frozen=True)

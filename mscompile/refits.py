@@ -76,9 +76,9 @@ class Target:
             lost = weight[planned.replaced]
             columns = weight[planned.kept]
             if planned.affine is not None:
-                columns = columns + np.einsum("pk,pto->kto", planned.affine, lost)
-            response = self._on_marks(np.einsum("p,pto->to", planned.constants, lost))
-        response = response + self._on_marks(np.einsum("k,kto->to", self.centre[planned.kept], columns))
+                columns = columns + np.tensordot(planned.affine.T.astype(np.float64), lost, 1)
+            response = self._on_marks(np.tensordot(planned.constants.astype(np.float64), lost, 1))
+        response = response + self._on_marks(np.tensordot(self.centre[planned.kept], columns, 1))
         response = response - through_marks(window, self.centre, weight)
         return np.concatenate([columns.reshape(-1, weight.shape[2]), response])
 
@@ -87,7 +87,7 @@ class Target:
         retained, taps = len(self.planned.kept), self.window.taps
         columns = weights[: retained * taps].reshape(retained, taps, -1)
         response = weights[retained * taps :] + through_marks(self.window, self.centre, self.weight)
-        response = response - self._on_marks(np.einsum("k,kto->to", self.centre[self.planned.kept], columns))
+        response = response - self._on_marks(np.tensordot(self.centre[self.planned.kept], columns, 1))
         places = None
         if not self.window.kernel:
             places = np.argsort(self.reader.index, kind="stable").reshape(self.site.size, -1)[self.planned.kept]
@@ -205,19 +205,17 @@ class Sums:
         fitted = self.features @ weights
         return self.spread - 2.0 * float(np.sum(self.crossed.T * weights)) + float(np.sum(weights * fitted))
 
-    def solve(self, start: Array, ridge: float, *, marks_only: bool) -> Array:
-        """[features, outputs]: weights of least squares near `start`; on marks alone where no column may change."""
-        free = slice(len(start) - self.target.window.marks if marks_only else 0, None)
-        h = self.features[free, free].copy()
+    def solve(self, start: Array, ridge: float) -> Array:
+        """[features, outputs]: weights of least squares near `start`."""
+        h = self.features.copy()
         stabilise(h)
         h[np.diag_indices_from(h)] *= 1.0 + ridge
-        change = (self.crossed.T - self.features @ start)[free]
-        moved = start.copy()
-        moved[free] += scipy.linalg.solve(h, change, assume_a="sym")
-        return moved
+        change = scipy.linalg.solve(h, self.crossed.T - self.features @ start, assume_a="sym")
+        found: Array = start + change
+        return found
 
 
-def refit(halves: tuple[Sums, Sums], *, marks_only: bool) -> WindowPlan | None:
+def refit(halves: tuple[Sums, Sums]) -> WindowPlan | None:
     """New weights from two halves of the data, at the ridge that does best where each is fitted on the other.
 
     None where the weights of the plan do about as well.
@@ -225,7 +223,7 @@ def refit(halves: tuple[Sums, Sums], *, marks_only: bool) -> WindowPlan | None:
     target = halves[0].target
     start = target.weights()
     errors = [
-        sum(b.error(a.solve(start, ridge, marks_only=marks_only)) for a, b in (halves, halves[::-1])) for ridge in RIDGES
+        sum(b.error(a.solve(start, ridge)) for a, b in (halves, halves[::-1])) for ridge in RIDGES
     ]
     best = int(np.argmin(errors))
     if not errors[best] < PAYS * sum(half.error(start) for half in halves):
@@ -233,4 +231,4 @@ def refit(halves: tuple[Sums, Sums], *, marks_only: bool) -> WindowPlan | None:
     whole = Sums(target, halves[0].swap)
     whole.features = halves[0].features + halves[1].features
     whole.crossed = halves[0].crossed + halves[1].crossed
-    return target.plan(whole.solve(start, RIDGES[best], marks_only=marks_only))
+    return target.plan(whole.solve(start, RIDGES[best]))

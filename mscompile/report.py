@@ -118,13 +118,47 @@ class FidelityReport(LawReport):
     stress: list[LawReport]
 
 
-class CandidateReport(_Section):
-    """One size that the search tried, measured on the `choose` part."""
+class GoalReport(_Section):
+    """What was asked for, and what was reached: ``keep``, ``params``, ``macs``, ``latency`` or ``fidelity``.
 
-    keep: float
-    params: int
+    Costs are shares of the dense model's, the latency as `sizes` has it; fidelity is the certified bound. `asked` and `reached`
+    are None where sizes were given site by site.
+    """
+
+    kind: str
+    asked: float | None
+    reached: float | None
+
+
+class StepReport(_Section):
+    """What replacing one more site did to the outputs, in the order of the graph, on samples held out.
+
+    `predicted` is the risk measured before plus the site's own predicted one, `measured` that of all sites up to this one.
+    `refitted` lists the readers with new weights; `rolled_back` says that they did worse than the plan's and were taken back.
+    """
+
+    site: str
+    predicted: float | None
+    measured: float
+    refitted: list[str]
+    rolled_back: bool
+
+
+class CandidateReport(_Section):
+    """One point of the frontier, before re-calibration, measured on the `choose` part.
+
+    Shares are of the dense model's: `size` is the mean of those of parameters and multiply–accumulates, `latency` is
+    foretold by a table of this machine's operators.
+    """
+
+    size: float
+    params: float
+    macs: float
+    latency: float
+    trials: int
     iia: float
     iia_lower: float
+    agreement: float
 
 
 class Report(_Section):
@@ -134,6 +168,7 @@ class Report(_Section):
     versions: dict[str, str]
     command: Text
     goal: str
+    goal_reached: GoalReport | None
     options: dict[str, JsonValue]
     objective: str
     replacement: str
@@ -149,6 +184,7 @@ class Report(_Section):
     fold_check: str
     deployment_difference: float | None
     fidelity: FidelityReport | None
+    recalibration: list[StepReport]
     candidates: list[CandidateReport]
     timings: dict[str, float]
     warnings: list[Text]

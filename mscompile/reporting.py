@@ -15,22 +15,28 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from mscompile.certificate import risk_bound
+from mscompile.clock import Clock
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
 from mscompile.disjointness import encode, fingerprints
+from mscompile.frontier import Tried
 from mscompile.inspection import Inspection, inspect_scm, readers_of
 from mscompile.options import Options
 from mscompile.plan import Plan
 from mscompile.report import (
+    CandidateReport,
     DataReport,
     FileReport,
+    GoalReport,
     Report,
     SiteReport,
     SizeReport,
+    StepReport,
 )
 from mscompile.rewrite import Compiled
 from mscompile.runtime import Session
-from mscompile.search import Clock, Result
+from mscompile.search import Result
 from mscompile.sizes import Sizes, count_macs, count_parameters, measure_latency
 from mscompile.version import __version__
 
@@ -72,6 +78,11 @@ def build_report(
     files = (source.path, *source.external) if source.path is not None else ()
     dense_bytes = sum(file.stat().st_size for file in files) if files else ir.to_proto(source.model).ByteSize()
     dense_params, compiled_params = count_parameters(source.model), count_parameters(compiled)
+    sizes = SizeReport(
+        dense=Sizes(params=dense_params, macs=macs[0], bytes=dense_bytes, latency_ms=latency[0]),
+        compiled=Sizes(params=compiled_params, macs=macs[1], bytes=size, latency_ms=latency[1]),
+        latency_batch=batch_size,
+    )
     inspection = inspect_scm(source.scm, frozenset(site.tensor for site in result.plan.sites))
     return Report(
         versions={
@@ -82,6 +93,7 @@ def build_report(
         },
         command=command,
         goal=options.goal if samples is not None else "weights only",
+        goal_reached=None if samples is None else _goal_report(options, result, sizes),
         options={**asdict(options), "keep": dict(keep) if isinstance(keep := options.keep, Mapping) else keep},
         objective=result.plan.objective,
         replacement=result.plan.replacement,
@@ -102,18 +114,58 @@ def build_report(
         ),
         sites=_site_reports(source, result, inspection),
         coverage=list(inspection.coverage),
-        sizes=SizeReport(
-            dense=Sizes(params=dense_params, macs=macs[0], bytes=dense_bytes, latency_ms=latency[0]),
-            compiled=Sizes(params=compiled_params, macs=macs[1], bytes=size, latency_ms=latency[1]),
-            latency_batch=batch_size,
-        ),
+        sizes=sizes,
         fold_error=result.fold_error,
         fold_check=result.fold_check,
         deployment_difference=difference,
         fidelity=result.fidelity,
-        candidates=list(result.candidates),
+        recalibration=[
+            StepReport(
+                site=step.tensor,
+                predicted=step.predicted,
+                measured=step.measured,
+                refitted=list(step.refitted),
+                rolled_back=step.rolled_back,
+            )
+            for step in result.steps
+        ],
+        candidates=[_candidate_report(entry, options.delta) for entry in result.tried],
         timings={stage: round(seconds, 4) for stage, seconds in clock.seconds.items()},
         warnings=warnings,
+    )
+
+
+def _goal_report(options: Options, result: Result, sizes: SizeReport) -> GoalReport:
+    dense, compiled = sizes.dense, sizes.compiled
+    for kind, asked, a, b in (
+        ("params", options.params, dense.params, compiled.params),
+        ("macs", options.macs, dense.macs, compiled.macs),
+        ("latency", options.latency, dense.latency_ms, compiled.latency_ms),
+    ):
+        if asked is not None:
+            return GoalReport(kind=kind, asked=asked, reached=None if a is None or b is None else b / max(a, 1e-9))
+    if options.keep is None:
+        return GoalReport(
+            kind="fidelity", asked=options.fidelity, reached=None if result.fidelity is None else result.fidelity.iia_lower
+        )
+    if not isinstance(options.keep, float):
+        return GoalReport(kind="keep", asked=None, reached=None)
+    cut = [(len(site.kept), site.size) for site in result.plan.sites]
+    reached = sum(kept for kept, _ in cut) / sum(size for _, size in cut) if cut else 1.0
+    return GoalReport(kind="keep", asked=options.keep, reached=reached)
+
+
+def _candidate_report(entry: Tried, delta: float) -> CandidateReport:
+    point = entry.point
+    return CandidateReport(
+        size=entry.size,
+        params=entry.params,
+        macs=entry.macs,
+        latency=entry.latency,
+        trials=point.trials,
+        iia=point.iia,
+        iia_lower=1.0 - risk_bound(point.disagreements, point.trials, delta),
+        agreement=point.agreement,
     )
 
 

@@ -37,6 +37,22 @@ BLOCK_SHARE = 1 / 128
 be bound by memory."""
 
 
+@dataclass(frozen=True)
+class Elimination:
+    """The order in which the units of a group go.
+
+    Attributes
+    ----------
+    order
+        Units, first to go first.
+    risk
+        [units + 1]: predicted risk after the first so many have gone, from 0 on.
+    """
+
+    order: IntArray
+    risk: Array
+
+
 @dataclass
 class _State:
     """A site on the way: inverse bracket and curvature, rows and columns of removed channels zero, and each channel's unit.
@@ -77,10 +93,16 @@ class _State:
 
 def additive_order(sites: Sequence[Site], scores: Scores) -> IntArray:
     """Units of a group in the order they go by the sum of their scores at its sites, least first; what stays is last."""
+    return eliminate_by_score(sites, scores).order
+
+
+def eliminate_by_score(sites: Sequence[Site], scores: Scores) -> Elimination:
+    """Elimination by the sum of each unit's scores at the sites of its group, which are taken to add up."""
     units, total = _totals(sites)
     for site in sites:
         np.add.at(total, np.searchsorted(units, site.units), scores.risk[site.tensor])
-    return units[np.argsort(total, kind="stable")]
+    order = np.argsort(total, kind="stable")
+    return Elimination(units[order], np.concatenate([[0.0], np.cumsum(np.maximum(total[order], 0.0))]))
 
 
 def _totals(sites: Sequence[Site]) -> tuple[IntArray, Array]:
@@ -92,6 +114,11 @@ def _totals(sites: Sequence[Site]) -> tuple[IntArray, Array]:
 
 def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> IntArray:
     """Units of a group in the order they go by backward elimination; `swap` is that of the affine fit."""
+    return eliminate_jointly(sites, statistics, swap).order
+
+
+def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float) -> Elimination:
+    """Backward elimination of the units of a group; `swap` is that of the affine fit."""
     states = [
         _State(
             _inverse(site, statistics.moments[site.tensor], swap),
@@ -103,6 +130,7 @@ def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> I
     ]
     left, start = _totals(sites)
     order: list[IntArray] = []
+    steps: list[Array] = []
     while (going := int(np.isfinite(start).sum())) > 0 and len(left) > 1:
         total = start.copy()
         for state in states:
@@ -111,10 +139,13 @@ def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> I
         count = min(max(1, int(len(left) * BLOCK_SHARE)), len(left) - 1, going)
         chosen = np.argsort(total, kind="stable")[:count]
         order.append(left[chosen])
+        steps.append(total[chosen])
         for state in states:
             state.remove(left[chosen])
         left, start = np.delete(left, chosen), np.delete(start, chosen)
-    return np.concatenate([*order, left])
+    # One unit stays always, and some must: losing them is out of the question.
+    steps.append(np.full(len(left), np.inf))
+    return Elimination(np.concatenate([*order, left]), np.concatenate([[0.0], np.cumsum(np.concatenate(steps))]))
 
 
 def _inverse(site: Site, moments: Moments, swap: float) -> Array:

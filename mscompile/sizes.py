@@ -6,7 +6,9 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
@@ -70,6 +72,19 @@ def node_macs(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[ir
             return None
         found[node] = row.macs(view)
     return found
+
+
+def time_of(model: ir.Model, batch: Mapping[str, npt.NDArray[Any]]) -> float:
+    """Median milliseconds of one batch."""
+    session = Session(model)
+    times: list[float] = []
+    session.run(batch)
+    began = time.perf_counter()
+    while time.perf_counter() - began < LATENCY_SECONDS / 2 or len(times) < LATENCY_RUNS:
+        start = time.perf_counter()
+        session.run(batch)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
 
 
 def measure_latency(dense: ir.Model, compiled: ir.Model, samples: Samples, batch_size: int) -> tuple[float, float]:

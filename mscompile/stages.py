@@ -17,13 +17,13 @@ from mscompile.files import output_conflict, save_model, staged
 from mscompile.options import Options
 from mscompile.plan import Plan, SitePlan, make_plan, resolve_keep
 from mscompile.prediction import SiteCheck, check_units, imbalance
+from mscompile.preparation import eliminate, what_to_measure
 from mscompile.replacements import CONSTANT
 from mscompile.reporting import stamp
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runtime import Progress, no_progress
 from mscompile.scm import Site
 from mscompile.scores import OBJECTIVES, Scores, score
-from mscompile.search import order_units, what_to_measure
 from mscompile.statistics import Statistics
 from mscompile.statistics_file import load_statistics, save_statistics
 from mscompile.verify import fold_error, make_pair
@@ -146,7 +146,7 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
         found,
         scores,
         dense.groups,
-        order_units(dense, found, scores, options),
+        {group: found.order for group, found in eliminate(dense, found, scores, options).items()},
         resolve_keep(dense.scm, dense.groups, options.keep),
         model_sha256=dense.sha256,
         replacement=options.replacement,

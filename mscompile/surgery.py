@@ -16,6 +16,9 @@ import onnx_graphsurgeon as gs
 
 MASK = "mscompile.mask:"
 SOURCE = "mscompile.source:"
+WEIGHT = "mscompile.weight:"
+SHIFT = "mscompile.shift:"
+MATRIX = "mscompile.matrix:"
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,64 @@ def _reweight(graph: gs.Graph, tensor: gs.Tensor, do: Do, new: Reweighted) -> No
         output = node.outputs[0]
         node.outputs[0] = plain
         graph.nodes.append(gs.Node("Add", name=prefix + "shifted", inputs=[plain, shift], outputs=[output]))
+
+
+def tunable(model: onnx.ModelProto, readers: Iterable[str], sites: Iterable[Patch] = ()) -> onnx.ModelProto:
+    """Copy of a model in which the readers of the named outputs take their weights as inputs, so that many can be tried.
+
+    New inputs per site: ``MATRIX + tensor``, [channels, channels], and ``SHIFT + tensor``, [channels]: every use of the tensor
+    sees ``tensor · matrix + shift`` along the channels. Per reader: of a convolution ``WEIGHT + output``, [outputs, channels + 1, …], the last channel being ones inside
+    the map; of a product ``WEIGHT + output`` as it was and ``SHIFT + output``, [outputs], added to what it gives.
+    """
+    graph = gs.import_onnx(model)
+    for patch in sites:
+        _mix(graph, _typed(graph.tensors()[patch.tensor], model), patch)
+    nodes = {output.name: node for node in graph.nodes for output in node.outputs}
+    for name in readers:
+        node, weight = nodes[name], nodes[name].inputs[1]
+        dtype = weight.values.dtype
+        given = gs.Variable(WEIGHT + name, dtype=dtype, shape=[None] * weight.values.ndim)
+        graph.inputs.append(given)
+        if weight.values.ndim > 2:
+            first, ones, stacked = (
+                gs.Variable(f"mscompile.{part}:{name}", dtype=dtype) for part in ("first", "ones", "all")
+            )
+            zero = gs.Constant(f"mscompile.zero:{name}", np.zeros(1, np.int64))
+            nought = gs.Constant(f"mscompile.nought:{name}", np.zeros((), dtype))
+            graph.nodes += [
+                gs.Node("Gather", inputs=[node.inputs[0], zero], outputs=[first], attrs={"axis": 1}),
+                gs.Node("Pow", inputs=[first, nought], outputs=[ones]),  # x⁰ = 1
+                gs.Node("Concat", inputs=[node.inputs[0], ones], outputs=[stacked], attrs={"axis": 1}),
+            ]
+            node.inputs[0], node.inputs[1] = stacked, given
+            continue
+        node.inputs[1] = given
+        shift = gs.Variable(SHIFT + name, dtype=dtype, shape=[None])
+        graph.inputs.append(shift)
+        unshifted = gs.Variable(f"mscompile.unshifted:{name}", dtype=dtype)
+        output = node.outputs[0]
+        node.outputs[0] = unshifted
+        graph.nodes.append(gs.Node("Add", inputs=[unshifted, shift], outputs=[output]))
+    graph.toposort()
+    return _export(graph)
+
+
+def _mix(graph: gs.Graph, tensor: gs.Tensor, patch: Patch) -> None:
+    """Put ``tensor · matrix + shift`` between a tensor and all its consumers."""
+    matrix = gs.Variable(MATRIX + patch.tensor, dtype=tensor.dtype, shape=[None, None])
+    shift = gs.Variable(SHIFT + patch.tensor, dtype=tensor.dtype, shape=[None])
+    graph.inputs += [matrix, shift]
+    last = [a for a in range(patch.rank) if a != patch.axis] + [patch.axis]
+    consumers = list(tensor.outputs)
+    names = ("rows", "mapped", "shifted", "mixed")
+    rows, mapped, shifted, mixed = (gs.Variable(f"mscompile.{n}:{patch.tensor}", dtype=tensor.dtype) for n in names)
+    graph.nodes += [
+        gs.Node("Transpose", inputs=[tensor], outputs=[rows], attrs={"perm": last}),
+        gs.Node("MatMul", inputs=[rows, matrix], outputs=[mapped]),
+        gs.Node("Add", inputs=[mapped, shift], outputs=[shifted]),
+        gs.Node("Transpose", inputs=[shifted], outputs=[mixed], attrs={"perm": [int(a) for a in np.argsort(last)]}),
+    ]
+    _redirect(tensor, mixed, consumers)
 
 
 def _export(graph: gs.Graph) -> onnx.ModelProto:

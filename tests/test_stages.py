@@ -21,7 +21,7 @@ from mscompile.models import path as shipped
 from mscompile.options import Options
 from mscompile.plan import Plan, make_plan, resolve_keep
 from mscompile.scores import score
-from mscompile.search import order_units
+from mscompile.preparation import eliminate
 from mscompile.stages import Calibration, apply_plan, calibrate_model, plan_model
 from mscompile.statistics_file import load_statistics, save_statistics
 from mscompile.verify import FOLD_TOLERANCE
@@ -100,7 +100,8 @@ def test_a_plan_file_is_what_make_plan_makes_of_the_statistics(digits: Path) -> 
     dense = open_dense(digits / "digits.onnx")
     found = load_statistics(digits / "s", model_sha256=dense.sha256)
     scores = score(dense.scm, dense.sites, found, HALF.objective)
-    orders, counts = order_units(dense, found, scores, HALF), resolve_keep(dense.scm, dense.groups, 0.5)
+    orders = {group: elimination.order for group, elimination in eliminate(dense, found, scores, HALF).items()}
+    counts = resolve_keep(dense.scm, dense.groups, 0.5)
     how: dict[str, Any] = {"model_sha256": dense.sha256, "replacement": HALF.replacement, "swap": HALF.swap}
     plan = make_plan(dense.scm, found, scores, dense.groups, orders, counts, **how)
     assert plan.to_json() == (digits / "p").read_text()

@@ -1,0 +1,153 @@
+"""Candidates: plans of given widths, carried out; all from one calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mscompile.clock import Clock
+from mscompile.data import Samples
+from mscompile.dense import DenseModel
+from mscompile.metrics import METRICS
+from mscompile.options import Options
+from mscompile.plan import Plan, SitePlan, make_plan
+from mscompile.recalibration import Step, recalibrate
+from mscompile.rewrite import Compiled, rewrite
+from mscompile.runtime import Progress
+from mscompile.scores import Scores
+from mscompile.selection import Elimination
+from mscompile.statistics import Statistics
+from mscompile.verify import Fidelity, Interchange, Law, make_pair
+
+HELD_SAMPLES = 256
+"""Samples on which risks are measured while candidates are made, at most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Widths carried out.
+
+    Attributes
+    ----------
+    fitted, plan
+        As fitted to the dense network, and after re-calibration.
+    interchange
+        None where nothing was cut.
+    steps
+        What re-calibration found, site by site.
+    """
+
+    fitted: Plan
+    plan: Plan
+    compiled: Compiled
+    interchange: Interchange | None
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What candidates are made from.
+
+    Attributes
+    ----------
+    parts
+        The data, see `search.SHARES`: candidates are fitted on `calibrate` and compared on `choose`.
+    """
+
+    source: DenseModel
+    statistics: Statistics
+    scores: Scores
+    eliminations: Mapping[int, Elimination]
+    parts: Mapping[str, Samples]
+    options: Options
+    clock: Clock
+    progress: Progress
+    _planned: dict[tuple[int, int], tuple[SitePlan, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """Samples at a time."""
+        return self.options.batch_size
+
+    @property
+    def outputs(self) -> Mapping[str, float]:
+        """Weight by name of the outputs whose change is scored."""
+        return self.source.weighted_outputs(self.options)
+
+    @property
+    def held(self) -> Samples:
+        """Samples that took no part in fitting, for risks."""
+        batch = self.source.batch or 1
+        return self.parts["choose"].take(slice(max(HELD_SAMPLES // batch, 1) * batch))
+
+    def carrier(self, group: int) -> bool:
+        """Whether one of the channels left of a group carries constants."""
+        return any(site.border for site in self.source.groups[group])
+
+    def plans(self, counts: Mapping[int, int]) -> tuple[SitePlan, ...]:
+        """Plans of the sites that are cut, in the order of the graph."""
+        found: list[SitePlan] = []
+        for group, count in counts.items():
+            if (group, count) not in self._planned:
+                self._planned[group, count] = self._plan({group: count}).sites
+            found += self._planned[group, count]
+        place = {site.tensor: i for i, site in enumerate(self.source.scm.sites)}
+        return tuple(sorted(found, key=lambda plan: place[plan.tensor]))
+
+    def _plan(self, counts: Mapping[int, int]) -> Plan:
+        source, options = self.source, self.options
+        with self.clock.time("plan"):
+            return make_plan(
+                source.scm,
+                self.statistics,
+                self.scores,
+                source.groups,
+                {group: elimination.order for group, elimination in self.eliminations.items()},
+                counts,
+                model_sha256=source.sha256,
+                replacement=options.replacement,
+                swap=options.swap,
+            )
+
+    def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
+        """Plan, re-calibrate where asked for, rewrite, and open for interchange."""
+        source, options = self.source, self.options
+        fitted = self._plan({}).model_copy(update={"sites": self.plans(counts)})
+        plan = fitted
+        steps: tuple[Step, ...] = ()
+        if recalibrated and fitted.sites:
+            with self.clock.time("re-calibrate"):
+                plan, steps = recalibrate(
+                    source,
+                    fitted,
+                    self.statistics,
+                    self.parts["calibrate"],
+                    self.held,
+                    self.outputs,
+                    batch_size=self.batch,
+                    seed=options.seed,
+                    progress=self.progress,
+                )
+        with self.clock.time("rewrite"):
+            compiled = rewrite(source.model, plan)
+        interchange = None
+        if plan.sites:
+            with self.clock.time("verify"):
+                pair = make_pair(source.model, compiled.model, plan, source.ranks, compiled.alignment)
+                metric = None if options.metric is None else METRICS[options.metric]
+                interchange = Interchange(pair, self.parts["choose"], batch_size=self.batch, metric=metric)
+        return Candidate(fitted, plan, compiled, interchange, steps)
+
+    def measure(self, candidate: Candidate, part: str, law: Law | None = None, swap: float | None = None) -> Fidelity:
+        """Interchange on one part, under the law asked for unless another is given."""
+        assert candidate.interchange is not None
+        options = self.options
+        with self.clock.time("verify"):
+            return candidate.interchange.run(
+                self.parts[part],
+                law=options.law if law is None else law,
+                swap=options.swap if swap is None else swap,
+                seed=options.seed,
+                delta=options.delta,
+                progress=self.progress,
+            )

@@ -1,0 +1,148 @@
+"""What a network costs at given widths, before it is compiled: parameters, multiply–accumulates, shares of both.
+
+Every parameter axis and every tensor axis that carries units is as wide as the units of it that stay; which stay at a given
+width is known from the order in which they go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from mscompile.operators import IntArray, NodeView, Shape, declared
+from mscompile.operators.backward import FLOATS
+from mscompile.scm import Scm, infer_shapes, parameters
+from mscompile.selection import retained_units
+from mscompile.units import Labels, width
+
+Counts = Mapping[int, int]
+"""Channels left, by group."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a model whose groups are cut in given orders.
+
+    Attributes
+    ----------
+    orders
+        Units by group, first to go first.
+    inputs
+        Shapes of the model's inputs, axis 0 the samples.
+    """
+
+    scm: Scm
+    orders: Mapping[int, IntArray]
+    inputs: Mapping[str, tuple[int, ...]]
+    _groups: dict[tuple[str, int], int | None] = field(default_factory=dict, repr=False)
+    _widths: dict[tuple[str, int, int], int] = field(default_factory=dict, repr=False)
+    _dead: dict[tuple[int, int], IntArray] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every tensor for the given inputs, nothing cut."""
+        return infer_shapes(self.scm.model, self.inputs)
+
+    @cached_property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """Nodes that multiply and accumulate."""
+        rows = ((node, declared(node)) for node in self.scm.model.graph)
+        return tuple(node for node, row in rows if row is not None and row.macs is not None)
+
+    @cached_property
+    def _weights(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        tensors = ((value.name or "", value.const_value) for value in parameters(self.scm.model))
+        return tuple(
+            (name, tuple(int(d) for d in tensor.shape.numpy()))
+            for name, tensor in tensors
+            if tensor is not None and tensor.dtype in FLOATS
+        )
+
+    @cached_property
+    def _labels(self) -> dict[str, Labels]:
+        """Units along the axes of every tensor, parameters included."""
+        found: dict[str, dict[tuple[int, ...], IntArray]] = {name: dict(labels) for name, labels in self.scm.labels.items()}
+        for slot in self.scm.slots:
+            value = slot.node.inputs[slot.operand]
+            if value is not None:
+                found.setdefault(value.name or "", {}).setdefault((slot.axis,), slot.units)
+        return dict(found)
+
+    @cached_property
+    def _group_of(self) -> dict[int, int]:
+        return {int(unit): group for group, order in self.orders.items() for unit in order.tolist()}
+
+    def group(self, name: str, axis: int) -> int | None:
+        """The group whose units an axis of a tensor carries; None where they stay, or it carries none."""
+        key = name, axis
+        if key not in self._groups:
+            units = next((u for axes, u in self._labels.get(name, {}).items() if axis in axes), None)
+            self._groups[key] = None if units is None or not units.size else self._group_of.get(int(units.flat[0]))
+        return self._groups[key]
+
+    def width(self, name: str, axis: int, full: int, counts: Counts) -> int:
+        """Places of an axis at given widths, `full` of them in the whole model."""
+        group = self.group(name, axis)
+        if group is None or counts.get(group, len(self.orders[group])) >= len(self.orders[group]):
+            return full
+        key = name, axis, counts[group]
+        if key not in self._widths:
+            left = width(self._labels[name], axis, self._gone(group, counts[group]))
+            self._widths[key] = full if left is None else left
+        return self._widths[key]
+
+    def _gone(self, group: int, count: int) -> IntArray:
+        if (group, count) not in self._dead:
+            order = self.orders[group]
+            self._dead[group, count] = np.setdiff1d(order, retained_units(order, count, self.scm.blocks))
+        return self._dead[group, count]
+
+    def shape(self, value: ir.Value, counts: Counts) -> Shape | None:
+        """Shape of a tensor at given widths."""
+        full = self.shapes.get(value.name or "")
+        if full is None:
+            return None
+        return tuple(self.width(value.name or "", a, d, counts) if isinstance(d, int) else d for a, d in enumerate(full))
+
+    def view(self, node: ir.Node, counts: Counts) -> NodeView:
+        """A node with the shapes of its operands at given widths."""
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name]
+        found = {v.name: shape for v in values if (shape := self.shape(v, counts)) is not None}
+        return NodeView(node, found, self.scm.model.graph.opset_imports.get("", 1))  # type: ignore[arg-type]
+
+    def groups_of(self, node: ir.Node) -> frozenset[int]:
+        """Groups that the costs of a node depend on."""
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name]
+        axes = (self.group(v.name or "", a) for v in values for a in range(len(self.shapes.get(v.name or "", ()))))
+        return frozenset(group for group in axes if group is not None)
+
+    def params(self, counts: Counts, group: int | None = None) -> float:
+        """Elements of floating-point parameters; with `group`, of those alone whose number depends on it."""
+        total = 0
+        for name, shape in self._weights:
+            if group is None or any(self.group(name, a) == group for a in range(len(shape))):
+                total += math.prod(self.width(name, a, d, counts) for a, d in enumerate(shape))
+        return total
+
+    def macs(self, counts: Counts, group: int | None = None) -> float:
+        """Multiply–accumulates for `inputs`, of nodes whose shapes are known; `group` as for `params`."""
+        total = 0
+        for node in self.nodes if group is None else self._nodes_of.get(group, ()):
+            row, view = declared(node), self.view(node, counts)
+            involved = [view.shape(operand) for operand in (0, 1, ~0)]
+            if all(shape is not None and all(isinstance(d, int) for d in shape) for shape in involved):
+                total += row.macs(view)  # type: ignore[union-attr, misc]
+        return total
+
+    @cached_property
+    def _nodes_of(self) -> dict[int, list[ir.Node]]:
+        found: dict[int, list[ir.Node]] = {}
+        for node in self.nodes:
+            for group in self.groups_of(node):
+                found.setdefault(group, []).append(node)
+        return found
