@@ -1,4 +1,4 @@
-"""The frontier of size and fidelity: risk curves over all groups, and candidates along the way down, from one calibration."""
+"""The frontier of size and fidelity: risk curves over all groups and candidates along the way down, of one calibration."""
 
 from __future__ import annotations
 
@@ -145,8 +145,12 @@ class Frontier:
                             targets.pop(0)
                         found.append(self._try(counts, size))
             self._tried = tuple(found)
-            self.saved = self.table.save()
         return self._tried
+
+    def keep_table(self) -> tuple[str, ...]:
+        """Keep what was measured of operators; gives a warning where that fails."""
+        reason = self.table.save()
+        return () if reason is None else (reason,)
 
     def _try(self, counts: Mapping[int, int], size: float) -> Tried:
         return Tried(

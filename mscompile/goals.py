@@ -54,8 +54,8 @@ class Curve:
 def widths(sites: Sequence[Site], units: int, ranks: Mapping[str, int], *, aligned: bool = False) -> IntArray:
     """Channels that a group may be left with, from all of them down.
 
-    Feature maps take multiples of `MAP_STEP`, or of `ALIGNED` where there are many of them or `aligned` asks for it; what only
-    matrix products read may be as wide as it likes.
+    Feature maps take multiples of `MAP_STEP`, or of `ALIGNED` where there are many of them or `aligned` asks for it; what
+    only matrix products read may be as wide as it likes.
     """
     mapped = any(site.axis == 1 and ranks[site.tensor] > 2 for site in sites)
     step = max(1, units // STEPS)

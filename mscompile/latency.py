@@ -118,10 +118,10 @@ def _attributes(view: NodeView) -> Mapping[str, ir.Attr]:
     found = dict(view.node.attributes.items())
     row = signature(view)
     if isinstance(row, Signature):
-        shape = view.shape(~0)
-        for name, axis in row.counts:
-            if shape is not None:
-                found[name] = ir.AttrInt64(name, int(shape[axis] or 1))
+        for size in row.sizes:
+            shape = view.shape(size.port[0])
+            if isinstance(size.holder, str) and size.position is None and size.meaning == "width" and shape is not None:
+                found[size.holder] = ir.AttrInt64(size.holder, int(shape[size.port[1]] or 1) // size.share)
     return found
 
 

@@ -95,6 +95,7 @@ def what_to_measure(source: DenseModel, options: Options) -> Measure:
 
 
 def check_enough(source: DenseModel, statistics: Statistics, options: Options) -> None:
+    """Refuse data of which there is too little for the fits asked for."""
     for site in source.sites:
         count = statistics.moments[site.tensor].count
         if options.replacement != "constant" and count <= site.size:

@@ -1,8 +1,8 @@
 """Re-calibration: readers fitted once more, site by site, on the network as compiled so far.
 
 A plan fits each site as if all before it were dense. Behind several sites the retained channels take other values, and what
-was fitted to the dense ones no longer is the best. Here the readers of each planned site are fitted again in the order of the
-graph, from what they see in the network compiled up to there to what the dense readers give (`mscompile.refits`). After
+was fitted to the dense ones no longer is the best. Here the readers of each planned site are fitted again, in the order of
+the graph, from what they see in the network compiled up to there to what the dense readers give (`mscompile.refits`). After
 each site the risk of the outputs is measured on data held out, and new weights that do worse than predicted are taken back.
 """
 

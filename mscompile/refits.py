@@ -1,7 +1,8 @@
 """Fitting a reader's weights to what the dense reader gives, on features of a network compiled in part.
 
-A retained feature h of the network under interchange is, with probability p, the dense value o of another sample, and else
-the value e that it has in the network as compiled so far; the dense reader's own input is o or d likewise. Given the samples,
+A retained feature h of the network under interchange is, with probability p, the dense value o of another sample, and
+else the value e that it has in the network as compiled so far; the dense reader's own input is o or d likewise. Given the
+samples,
 
     E h = a = (1−p) e + p o,        Var h = p(1−p) (e−o)(e−o)ᵀ within a unit,
     E t = W_Kᵀ ((1−p) d + p o) + W_Pᵀ d_P,      Cov(t, h) = p(1−p) W_Kᵀ (d−o)(e−o)ᵀ within a unit,
@@ -222,9 +223,7 @@ def refit(halves: tuple[Sums, Sums]) -> WindowPlan | None:
     """
     target = halves[0].target
     start = target.weights()
-    errors = [
-        sum(b.error(a.solve(start, ridge)) for a, b in (halves, halves[::-1])) for ridge in RIDGES
-    ]
+    errors = [sum(b.error(a.solve(start, ridge)) for a, b in (halves, halves[::-1])) for ridge in RIDGES]
     best = int(np.argmin(errors))
     if not errors[best] < PAYS * sum(half.error(start) for half in halves):
         return None

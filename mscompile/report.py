@@ -121,8 +121,8 @@ class FidelityReport(LawReport):
 class GoalReport(_Section):
     """What was asked for, and what was reached: ``keep``, ``params``, ``macs``, ``latency`` or ``fidelity``.
 
-    Costs are shares of the dense model's, the latency as `sizes` has it; fidelity is the certified bound. `asked` and `reached`
-    are None where sizes were given site by site.
+    Costs are shares of the dense model's, the latency as `sizes` has it; fidelity is the certified bound. `asked` and
+    `reached` are None where sizes were given site by site.
     """
 
     kind: str
@@ -134,7 +134,8 @@ class StepReport(_Section):
     """What replacing one more site did to the outputs, in the order of the graph, on samples held out.
 
     `predicted` is the risk measured before plus the site's own predicted one, `measured` that of all sites up to this one.
-    `refitted` lists the readers with new weights; `rolled_back` says that they did worse than the plan's and were taken back.
+    `refitted` lists the readers with new weights; `rolled_back` says that those did worse than the plan's and were taken
+    back.
     """
 
     site: str

@@ -42,7 +42,7 @@ from mscompile.version import __version__
 
 SLOWER = (
     "the compiled model is smaller but not faster on this machine: onnxruntime's convolutions are at their best where "
-    "widths are multiples of 16, which --keep SITE=N can ask for"
+    "widths are multiples of 16, which --latency keeps to and --keep SITE=N can ask for"
 )
 
 

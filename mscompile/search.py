@@ -58,8 +58,6 @@ class Result:
         What re-calibration found, site by site.
     tried
         Candidates along the frontier of size and fidelity.
-    reached
-        Cost of what was compiled as a share of the dense model's, where the goal is a cost.
     parts
         The data by what it was used for.
     """
@@ -276,9 +274,12 @@ class Search:
     def _finish(self, candidate: Candidate, *, attempts: int = 1, certified: float | None = None) -> Result:
         """Prove the fold, measure everything on the `certify` part; `certified` is the goal that tests in turn proved."""
         workshop, options = self.workshop, self.options
-        tried = self.frontier.tried() if options.keep is None else ()
+        tried: tuple[Tried, ...] = ()
+        kept: tuple[str, ...] = ()
+        if options.keep is None:
+            tried, kept = self.frontier.tried(), self.frontier.keep_table()
         if candidate.interchange is None:
-            warnings: tuple[str, ...] = ("nothing was cut: the goal keeps every unit",)
+            warnings = (*kept, "nothing was cut: the goal keeps every unit")
             done = "nothing was replaced"
             return Result(
                 candidate.plan, candidate.compiled, 0.0, done, tried=tried, parts=workshop.parts, warnings=warnings
@@ -316,7 +317,7 @@ class Search:
             full_source_checked=interchange.full_source_checked,
             stress=[_law_report(entry) for entry in stress],
         )
-        warnings = workshop.scores.warnings if options.replacement == CONSTANT else ()
+        warnings = (*kept, *(workshop.scores.warnings if options.replacement == CONSTANT else ()))
         if candidate.compiled.unfolded:
             listed = ", ".join(candidate.compiled.unfolded)
             warnings = (*warnings, f"not folded, and so not as small as planned: {listed}")

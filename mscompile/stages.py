@@ -180,7 +180,7 @@ def _check_measured(path: Path, found: Statistics, options: Options) -> None:
         )
 
 
-def _check_windows(dense: DenseModel, site: Site, entry: SitePlan) -> None:
+def _check_windows(site: Site, entry: SitePlan) -> None:
     """Refuse weights for readers that the site does not have, or of shapes that they do not take."""
     readers = {window_name(reader): reader for reader in site.readers}
     for planned in entry.windows:
@@ -258,7 +258,7 @@ def apply_plan(
                 else f"it has {site.size} channels on axis {site.axis}",
                 hint="`mscompile inspect MODEL` lists the sites",
             )
-        _check_windows(dense, site, entry)
+        _check_windows(site, entry)
     compiled = rewrite(dense.model, plan)
     samples = find_data(dense, data, options) or generated_inputs(dense.specs)
     dense = dense.given(samples)

@@ -207,9 +207,10 @@ def _reweight(graph: gs.Graph, tensor: gs.Tensor, do: Do, new: Reweighted) -> No
 def tunable(model: onnx.ModelProto, readers: Iterable[str], sites: Iterable[Patch] = ()) -> onnx.ModelProto:
     """Copy of a model in which the readers of the named outputs take their weights as inputs, so that many can be tried.
 
-    New inputs per site: ``MATRIX + tensor``, [channels, channels], and ``SHIFT + tensor``, [channels]: every use of the tensor
-    sees ``tensor · matrix + shift`` along the channels. Per reader: of a convolution ``WEIGHT + output``, [outputs, channels + 1, …], the last channel being ones inside
-    the map; of a product ``WEIGHT + output`` as it was and ``SHIFT + output``, [outputs], added to what it gives.
+    New inputs per site: ``MATRIX + tensor``, [channels, channels], and ``SHIFT + tensor``, [channels]: every use of the
+    tensor sees ``tensor · matrix + shift`` along the channels. Per reader: of a convolution ``WEIGHT + output``, [outputs,
+    channels + 1, …], the last channel being ones inside the map; of a product ``WEIGHT + output``, as it was, and
+    ``SHIFT + output``, [outputs], added to what it gives.
     """
     graph = gs.import_onnx(model)
     for patch in sites:

@@ -1,4 +1,4 @@
-"""Many candidates from one graph: readers take their weights as inputs, so that a candidate costs no rewriting and no session.
+"""Many candidates from one graph: readers take their weights as inputs; a candidate costs no rewriting and no session.
 
 What a candidate does here is what its compiled file does, to rounding: replaced channels are there, and are multiplied by
 zeros. It serves to choose; what is chosen is compiled, proved and measured as a file.
@@ -54,7 +54,9 @@ class Sweep:
         self.source, self.batch_size = source, batch_size
         self.patches = [Patch(site.tensor, source.ranks[site.tensor], site.axis) for site in source.sites]
         mixed = [patch for site, patch in zip(source.sites, self.patches, strict=True) if not _by_weights(site)]
-        names = [window_name(reader) for site in source.sites for reader in site.readers if view_of(site, reader) is not None]
+        names = [
+            window_name(reader) for site in source.sites for reader in site.readers if view_of(site, reader) is not None
+        ]
         self.dense = Intervened(proto, self.patches)
         self.tuned = Intervened(tunable(proto, names, mixed), self.patches)
         self.output = compared_output(proto)

@@ -20,8 +20,8 @@ from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.models import path as shipped
 from mscompile.options import Options
 from mscompile.plan import Plan, make_plan, resolve_keep
-from mscompile.scores import score
 from mscompile.preparation import eliminate
+from mscompile.scores import score
 from mscompile.stages import Calibration, apply_plan, calibrate_model, plan_model
 from mscompile.statistics_file import load_statistics, save_statistics
 from mscompile.verify import FOLD_TOLERANCE

@@ -11,8 +11,8 @@ agreement and IIA (one site per trial, swap 0.1, 2 × 5000 pairs) are measured o
 of the dense model in the same process. Cells: mean over the folders, ± half the range.
 
 - onnxsim 0.8.1: structured pruning by L2 norm or Wanda, alone or with its ridge refit (`apply_pruning_finetune`).
-- Torch-Pruning 1.6.1: `BasePruner`, local ratios; L2, Taylor, Hessian (as shipped, sample by sample over 500 images), LAMP. In
-  the transformer only feed-forward blocks are offered to it: it knows nothing of this attention's heads.
+- Torch-Pruning 1.6.1: `BasePruner`, local ratios; L2, Taylor, Hessian (as shipped, sample by sample over 500 images),
+  LAMP. In the transformer only feed-forward blocks are offered to it: it knows nothing of this attention's heads.
 - VBP: constants at the means, least variance first. r-parent: the paper's affine map of eight parents, additive scores.
   Both with mscompile's rewriting, the same share of every site.
 
@@ -22,7 +22,6 @@ are found by their biases and normalisations, which a refit may change.
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 import time

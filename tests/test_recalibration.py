@@ -1,0 +1,200 @@
+"""Re-calibration and the sweep: fits against the law they are of, candidates against the files they stand for."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import mlp, samples
+
+from mscompile import Options, compile_model
+from mscompile.calibration import calibrate
+from mscompile.candidates import Workshop
+from mscompile.clock import Clock
+from mscompile.data import read
+from mscompile.dense import open_dense
+from mscompile.models import path as shipped
+from mscompile.preparation import eliminate, split, what_to_measure
+from mscompile.recalibration import recalibrate
+from mscompile.refits import Sums, Target
+from mscompile.rewrite import rewrite
+from mscompile.runtime import Session, no_progress
+from mscompile.scores import score
+from mscompile.sweep import Sweep
+from mscompile.verify import fold_error, make_pair
+from mscompile.windows import view_of
+
+CLOSE = 1e-4
+"""Relative: float32 products of tens of rows."""
+SAME = 1e-4
+"""Of the outputs' spread: float32 rounding through a few layers."""
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mscompile.sizes.LATENCY_SECONDS", 0.0)
+
+
+def workshop(model: Any, data: Any, **fields: Any) -> Workshop:
+    """All that candidates are made from."""
+    options = Options(**fields)
+    source = open_dense(model)
+    given = read(data, source.specs)
+    parts = split(source, given, options)
+    statistics = calibrate(
+        source.scm, source.sites, parts["calibrate"], batch_size=64, measure=what_to_measure(source, options)
+    )
+    scores = score(source.scm, source.sites, statistics, options.objective)
+    eliminations = eliminate(source, statistics, scores, options)
+    return Workshop(source, statistics, scores, eliminations, parts, options, Clock(), no_progress)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Workshop:
+    return workshop(shipped(), shipped().with_suffix(".calib.npz"))
+
+
+def counts_of(made: Workshop, share: float) -> dict[int, int]:
+    return {group: max(2, round(share * len(found.order))) for group, found in made.eliminations.items()}
+
+
+def target_of(made: Workshop, share: float, number: int) -> Target:
+    plan = made.plans(counts_of(made, share))[number]
+    site = made.source.scm.site(plan.tensor)
+    view = view_of(site, site.readers[0])
+    assert view is not None
+    return Target(site, site.readers[0], view, plan, made.statistics.moments[plan.tensor].mean)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_weights_of_a_plan_and_back(digits: Workshop, number: int) -> None:
+    target = target_of(digits, 0.5, number)
+    weights = target.weights()
+    again = Target(target.site, target.reader, target.window, target.planned.model_copy(
+        update={"windows": (target.plan(weights),)}), target.centre)  # fmt: skip
+    np.testing.assert_allclose(again.weights(), weights, rtol=0, atol=CLOSE * np.abs(weights).max())
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("number", [0, 2])
+def test_sums_are_expectations_under_the_law(digits: Workshop, number: int, swap: float) -> None:
+    """Against every mask of a few units, each with its probability."""
+    target = target_of(digits, 0.1, number)
+    rng = np.random.default_rng(0)
+    size, taps, marks = target.site.size, target.window.taps, target.window.marks
+    kept, replaced, weight = target.planned.kept, target.planned.replaced, target.weight
+    shape = (3, 2, size, taps)
+    compiled, dense = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    ones = np.ones((2, marks), np.float32)
+    sums = Sums(target, swap)
+    sums.add(compiled, dense, ones)
+    few = min(len(kept), 6)
+    features = np.zeros_like(sums.features)
+    crossed, spread = np.zeros_like(sums.crossed), 0.0
+    other = np.roll(dense, 1, axis=0)
+    for mask in product((0, 1), repeat=few):
+        full = np.zeros((size, 1))
+        full[kept[:few], 0] = mask
+        full[kept[few:], 0] = 0.0
+        chance = swap ** sum(mask) * (1 - swap) ** (few - sum(mask))
+        if chance == 0:
+            continue
+        e, d = (full * other + (1 - full) * own for own in (compiled, dense))
+        h = np.concatenate([e[:, :, kept].reshape(6, -1), np.ones((6, marks))], axis=1)
+        d[:, :, replaced] = dense[:, :, replaced]
+        t = d.reshape(6, -1) @ weight.reshape(size * taps, -1)
+        features += chance * h.T @ h
+        crossed += chance * t.T @ h
+        spread += chance * float(np.square(t).sum())
+    if few < len(kept):
+        pytest.skip("too many units to go through all masks")
+    np.testing.assert_allclose(sums.features, features, rtol=0, atol=CLOSE * np.abs(features).max())
+    np.testing.assert_allclose(sums.crossed, crossed, rtol=0, atol=CLOSE * np.abs(crossed).max())
+    assert sums.spread == pytest.approx(spread, rel=CLOSE)
+    weights = sums.solve(target.weights(), 0.0)
+    assert sums.error(weights) <= sums.error(target.weights()) * (1 + CLOSE)
+    assert sums.error(weights) == pytest.approx(
+        spread - 2 * np.sum(crossed.T * weights) + np.sum(weights * (features @ weights)), rel=1e-2, abs=1e-3 * spread
+    )
+
+
+@pytest.mark.parametrize("replacement", ["affine", "constant", "affine-parents"])
+def test_re_calibration_lowers_the_risk_and_stays_exact(replacement: str) -> None:
+    made = workshop(shipped(), shipped().with_suffix(".calib.npz"), replacement=replacement)
+    plan = made.make(counts_of(made, 0.4), recalibrated=False).plan
+    found, steps = recalibrate(
+        made.source, plan, made.statistics, made.parts["calibrate"], made.held, made.outputs, batch_size=64
+    )
+    assert [step.tensor for step in steps] == [site.tensor for site in plan.sites]
+    assert any(step.refitted for step in steps)
+    test = made.parts["certify"]
+    wanted = Session(made.source.model).run_all(test.batches(64))[made.source.output]
+    errors = []
+    for one in (plan, found):
+        compiled = rewrite(made.source.model, one)
+        pair = make_pair(made.source.model, compiled.model, one, made.source.ranks, compiled.alignment)
+        fold_error(pair, one, test, 64)
+        errors.append(np.square(Session(compiled.model).run_all(test.batches(64))[made.source.output] - wanted).mean())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_constants_at_all_sites_no_longer_collapse() -> None:
+    options = {"replacement": "constant", "keep": 0.5}
+    plain, found = (
+        compile_model(shipped(), None, None, Options(recalibrate=again, **options)).report.fidelity
+        for again in (False, True)
+    )
+    assert plain is not None
+    assert found is not None
+    assert plain.agreement < 0.7
+    assert found.agreement > 0.95
+
+
+def test_no_re_calibration_leaves_the_plan() -> None:
+    made = workshop(mlp(), {"x": samples()})
+    candidate = made.make(counts_of(made, 0.5), recalibrated=False)
+    assert candidate.plan == candidate.fitted
+    assert candidate.steps == ()
+
+
+def test_new_weights_that_do_worse_are_taken_back(digits: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(targets: Any, *_: Any) -> Any:
+        return [t.plan(0.0 * t.weights()) for t in targets]
+
+    monkeypatch.setattr("mscompile.recalibration._refits", spoilt)
+    plan = digits.make(counts_of(digits, 0.75), recalibrated=False).plan
+    found, steps = recalibrate(
+        digits.source, plan, digits.statistics, digits.parts["calibrate"], digits.held, digits.outputs, batch_size=64
+    )
+    assert all(step.rolled_back and not step.refitted for step in steps)
+    assert found == plan
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.3, 0.75])
+@pytest.mark.parametrize("law", ["one-site", "all-sites"])
+def test_a_candidate_does_what_its_file_does(digits: Workshop, share: float, law: Any) -> None:
+    counts, held = counts_of(digits, share), digits.parts["choose"]
+    sweep = Sweep(digits.source, held, batch_size=64)
+    candidate = digits.make(counts, recalibrated=False)
+    assert candidate.interchange is not None
+    name = digits.source.output
+    found = sweep.outputs(held, [name], digits.plans(counts))[name]
+    wanted = Session(candidate.compiled.model, optimise=False).run_all(held.batches(64))[name]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=SAME * wanted.std())
+    point = sweep.measure(digits.plans(counts), held, law=law, swap=0.1, seed=0)
+    fidelity = candidate.interchange.run(held, law=law, swap=0.1, seed=0, delta=0.05)
+    assert (point.trials, point.iia) == (fidelity.trials, pytest.approx(fidelity.iia, abs=1.5 / fidelity.trials))
+    assert point.agreement == pytest.approx(candidate.interchange.plain(held)["agreement"], abs=1.5 / len(held))
+
+
+def test_a_candidate_of_nothing_is_the_dense_model(digits: Workshop) -> None:
+    held, name = digits.parts["choose"], digits.source.output
+    sweep = Sweep(digits.source, held, batch_size=64)
+    np.testing.assert_allclose(
+        sweep.outputs(held, [name], ())[name], sweep.outputs(held, [name])[name], rtol=0, atol=SAME * 10
+    )
