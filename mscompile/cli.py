@@ -116,7 +116,7 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option(
     "--replacement", default="affine", show_default=True, help="affine, affine-pointwise, affine-parents or constant."
 )
-@click.option("--law", default="one-site", show_default=True, help="Interchange at one-site a trial, or all-sites.")
+@click.option("--law", default="one-site", show_default=True, help="Interchange law: one-site or all-sites.")
 @click.option("--swap", type=float, default=0.1, show_default=True, help="Interchange probability of each retained unit.")
 @click.option("--delta", type=float, default=0.05, show_default=True, help="Error probability of the certificate.")
 @click.option("--metric", help="Agreement: argmax, distance, cosine, equality. [default: by the output's shape]")

@@ -99,7 +99,7 @@ class Costs:
     def _gone(self, group: int, count: int) -> IntArray:
         if (group, count) not in self._dead:
             order = self.orders[group]
-            self._dead[group, count] = np.setdiff1d(order, retained_units(order, count, self.scm.blocks))
+            self._dead[group, count] = np.setdiff1d(order, retained_units(order, count, self.scm.blocks, self.scm.frozen))
         return self._dead[group, count]
 
     def shape(self, value: ir.Value, counts: Counts) -> Shape | None:

@@ -123,8 +123,8 @@ def site_floors(setup: Setup, swaps: tuple[float, ...]) -> Array | str:
     from mscompile.calibration import calibrate
     from mscompile.dense import open_dense
     from mscompile.options import Options
+    from mscompile.preparation import what_to_measure
     from mscompile.scores import joint_curvature
-    from mscompile.search import what_to_measure
 
     dense = open_dense(setup.dense.path)
     known = {site.tensor: site for site in dense.scm.sites}

@@ -204,31 +204,38 @@ def pruner(importance: Callable[[], object], *, gradient: str = "") -> Method:
         calib = network.data("calib")
         x = torch.from_numpy(np.array(next(iter(calib.inputs.values()))))
         y = torch.from_numpy(np.array(calib.labels))
-
-        def at(ratio: float, scores: object = None) -> Made:
-            module, score = network.module(), scores or torch_pruning.importance.GroupMagnitudeImportance(p=2)
-            if scores is not None:
-                _accumulate(module, score, gradient, x, y)
-            prune(network, module, score, ratio, x)
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "pruned.onnx"
-                export(module, x[:2].numpy(), file)
-                model = onnx.load(file)
-            return Made(model, pair_by_parameters(network, model))
-
-        ratios: list[float] = []
-
-        def recorded(ratio: float) -> Made:
-            made = at(ratio)
-            if params(made.model) <= share * params(onnx.load(network.file)):
-                ratios.append(ratio)
-            return made
-
-        if bisect(recorded, network, share) is None:
+        ratio = _ratio(network, share)
+        if ratio is None:
             return None
-        return at(min(ratios), importance())
+        module, score = network.module(), importance()
+        _accumulate(module, score, gradient, x, y)
+        prune(network, module, score, ratio, x)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "pruned.onnx"
+            export(module, x[:2].numpy(), file)
+            model = onnx.load(file)
+        return Made(model, pair_by_parameters(network, model))
 
     return make
+
+
+@cache
+def _ratio(network: Network, share: float) -> float | None:
+    """The least ratio within a share of the parameters; None where there is none, or only one far below."""
+    x = torch.from_numpy(network.data("calib").take(slice(2)).inputs["x"])
+    wanted = share * params(onnx.load(network.file))
+    low, high, best = 0.0, 0.98, None
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        module = network.module()
+        prune(network, module, torch_pruning.importance.GroupMagnitudeImportance(p=2), middle, x)
+        tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
+        found = sum(tensor.numel() for tensor in tensors)
+        if found <= wanted:
+            high, best = middle, (middle, found)
+        else:
+            low = middle
+    return None if best is None or best[1] < (share - CLOSE) / share * wanted else best[0]
 
 
 def _accumulate(module: nn.Module, score: object, gradient: str, x: torch.Tensor, y: torch.Tensor) -> None:
