@@ -14,8 +14,8 @@ from mscompile.data import Samples
 from mscompile.goals import Cost, Curve, descend, make_curve, probed, reach, widths
 from mscompile.latency import LatencyModel, LatencyTable
 from mscompile.metrics import METRICS
-from mscompile.prediction import measured_risk, predictable
 from mscompile.runtime import Arrays
+from mscompile.scores import measured_risk, predictable
 from mscompile.sizes import time_of
 from mscompile.sweep import Point, Sweep
 

@@ -17,12 +17,11 @@ import onnx_ir as ir
 from mscompile.data import Samples
 from mscompile.dense import DenseModel
 from mscompile.plan import Plan, SitePlan, WindowPlan
-from mscompile.prediction import measured_risk, predictable
 from mscompile.refits import Sums, Target, refit
 from mscompile.rewrite import rewrite
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Reader
-from mscompile.scores import SQUARED_OUTPUTS
+from mscompile.scores import SQUARED_OUTPUTS, measured_risk, predictable
 from mscompile.statistics import Statistics
 from mscompile.surgery import probe
 from mscompile.windows import FEATURES, view_of
