@@ -62,7 +62,7 @@ class Workshop:
     options: Options
     clock: Clock
     progress: Progress
-    _planned: dict[tuple[int, int], tuple[SitePlan, ...]] = field(default_factory=dict, repr=False)
+    _planned: dict[tuple[int, int, bool], tuple[SitePlan, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -84,17 +84,18 @@ class Workshop:
         """Whether one of the channels left of a group carries constants."""
         return any(site.border for site in self.source.groups[group])
 
-    def plans(self, counts: Mapping[int, int]) -> tuple[SitePlan, ...]:
-        """Plans of the sites that are cut, in the order of the graph."""
+    def plans(self, counts: Mapping[int, int], *, predicted: bool = False) -> tuple[SitePlan, ...]:
+        """Plans of the sites that are cut, in the order of the graph; `predicted` as in `make_plan`."""
         found: list[SitePlan] = []
         for group, count in counts.items():
-            if (group, count) not in self._planned:
-                self._planned[group, count] = self._plan({group: count}).sites
-            found += self._planned[group, count]
+            key = group, count, predicted
+            if key not in self._planned:
+                self._planned[key] = self._plan({group: count}, predicted=predicted).sites
+            found += self._planned[key]
         place = {site.tensor: i for i, site in enumerate(self.source.scm.sites)}
         return tuple(sorted(found, key=lambda plan: place[plan.tensor]))
 
-    def _plan(self, counts: Mapping[int, int]) -> Plan:
+    def _plan(self, counts: Mapping[int, int], *, predicted: bool = True) -> Plan:
         source, options = self.source, self.options
         with self.clock.time("plan"):
             return make_plan(
@@ -107,12 +108,14 @@ class Workshop:
                 model_sha256=source.sha256,
                 replacement=options.replacement,
                 swap=options.swap,
+                lossless={group: elimination.lossless for group, elimination in self.eliminations.items()},
+                predicted=predicted,
             )
 
     def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
         """Plan, re-calibrate where asked for, rewrite, and open for interchange."""
         source, options = self.source, self.options
-        fitted = self._plan({}).model_copy(update={"sites": self.plans(counts)})
+        fitted = self._plan({}).model_copy(update={"sites": self.plans(counts, predicted=True)})
         plan = fitted
         steps: tuple[Step, ...] = ()
         if recalibrated and fitted.sites:

@@ -253,6 +253,10 @@ def _site_lines(report: Report, width: int) -> Iterator[str]:
         listed = "; ".join(f"{marks.get(basis, '')} {plain(basis)}".strip() for basis in bases)
         where = ", and as measured on data held out" if columns == 5 else ""
         yield from sentence(f"risk: predicted cost of what was replaced{where}, in {listed}", width)
+    if lossless := sum(site.lossless for site in cut):
+        yield from sentence(
+            f"lossless: {lossless} of the channels replaced are affine functions of others on the data", width
+        )
     if left := len(report.sites) - len(cut):
         yield from sentence(
             f"{left} more {'site is' if left == 1 else 'sites are'} left alone: `mscompile inspect` says why", width

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from mscompile.constants import carrier
 from mscompile.errors import GoalError, UsageError
@@ -71,6 +71,8 @@ class SitePlan(BaseModel):
         Retained channels, ascending; the others are replaced.
     constants
         [replaced]: value, or intercept, of each replaced channel in ascending order, in the units of the activation.
+    lossless
+        Replaced channels that are, on the calibration data, affine functions of the others to float32 rounding.
     affine
         [replaced, retained] coefficients; None where all replacements are constants.
     windows
@@ -89,6 +91,7 @@ class SitePlan(BaseModel):
     size: int
     kept: Integers
     constants: Floats
+    lossless: Integers = Field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     affine: Floats | None = None
     windows: tuple[WindowPlan, ...] = ()
     basis: str = ""
@@ -241,6 +244,8 @@ def make_plan(
     model_sha256: str,
     replacement: str,
     swap: float,
+    lossless: Mapping[int, int] | None = None,
+    predicted: bool = True,
 ) -> Plan:
     """Retain the units of each group that go last and fit replacements for the others.
 
@@ -255,6 +260,11 @@ def make_plan(
         One of `REPLACEMENTS`.
     swap
         Interchange probability that affine maps are fitted for.
+    lossless
+        By group, how many of the first units are functions of the others. Where no more go, least squares folds them without
+        loss, whatever an interchange may do.
+    predicted
+        Whether to predict each site's risk, which costs as much as the fit.
     """
     planned: list[SitePlan] = []
     for group, count in counts.items():
@@ -268,7 +278,11 @@ def make_plan(
         sets = [retained_units(order, retained, scm.blocks, scm.frozen)]
         heads = retained_heads(order, retained, scm.blocks, scm.frozen)
         sets += [] if heads is None else [heads]
-        plans = [_plan_group(sites, statistics, scores, kept, replacement, swap) for kept in sets]
+        free = order[: (lossless or {}).get(group, 0)]
+        plans = [
+            _plan_group(sites, statistics, scores, kept, replacement, swap, free, predicted or len(sets) > 1)
+            for kept in sets
+        ]
         planned += min(plans, key=lambda entries: sum(entry.predicted_risk or 0.0 for entry in entries))
     place = {site.tensor: i for i, site in enumerate(scm.sites)}
     planned.sort(key=lambda entry: place[entry.tensor])
@@ -278,14 +292,31 @@ def make_plan(
 
 
 def _plan_group(
-    sites: Sequence[Site], statistics: Statistics, scores: Scores, kept_units: IntArray, replacement: str, swap: float
+    sites: Sequence[Site],
+    statistics: Statistics,
+    scores: Scores,
+    kept_units: IntArray,
+    replacement: str,
+    swap: float,
+    free: IntArray,
+    predicted: bool,
 ) -> list[SitePlan]:
+    """`free` units cost nothing where least squares folds them."""
     cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
-    return [_plan_site(site, statistics, scores, kept_units, replacement, swap) for site in cut]
+    if np.isin(np.concatenate([site.units for site in cut]) if cut else free, np.union1d(kept_units, free)).all():
+        swap = 0.0
+    return [_plan_site(site, statistics, scores, kept_units, replacement, swap, free, predicted) for site in cut]
 
 
 def _plan_site(
-    site: Site, statistics: Statistics, scores: Scores, kept_units: IntArray, replacement: str, swap: float
+    site: Site,
+    statistics: Statistics,
+    scores: Scores,
+    kept_units: IntArray,
+    replacement: str,
+    swap: float,
+    free: IntArray,
+    predicted: bool,
 ) -> SitePlan:
     stays = np.isin(site.units, kept_units)
     kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
@@ -303,22 +334,25 @@ def _plan_site(
         fit = fit_by_row(AFFINE_FITS[replacement], moments, kept, replaced, swap, site.rows)
     else:
         fit = AFFINE_FITS[replacement](moments, kept, replaced, swap)
-    error = fit.error_moment(moments, kept, replaced)
     windows: tuple[WindowPlan, ...] = ()
     if replacement == WINDOWED:
         windows = tuple(_plan_windows(site, statistics, kept, replaced, swap))
-    risk = 0.5 * float(np.sum(joint_curvature(site, statistics)[np.ix_(replaced, replaced)] * error))
+    risk = None
+    if predicted and scores.basis[site.tensor].startswith(MEASURABLE):
+        error = fit.error_moment(moments, kept, replaced)
+        risk = 0.5 * float(np.sum(joint_curvature(site, statistics)[np.ix_(replaced, replaced)] * error))
     fields: dict[str, Any] = {
         "name": site.tensor,
         "tensor": site.tensor,
         "axis": site.axis,
         "size": site.size,
         "kept": kept,
+        "lossless": replaced[np.isin(site.units[replaced], free)],
         "constants": fit.constants,
         "affine": fit.matrix,
         "windows": windows,
         "basis": scores.basis[site.tensor],
-        "predicted_risk": risk if scores.basis[site.tensor].startswith(MEASURABLE) else None,
+        "predicted_risk": risk,
     }
     return SitePlan(**fields)
 

@@ -52,8 +52,9 @@ class DataReport(_Section):
 class SiteReport(_Section):
     """One site: what was kept, or why it was left alone.
 
-    `predicted_risk` and `measured_risk` are half the expected squared error of the same quantity, which `basis` names;
-    measured is None where no prediction of the same quantity exists.
+    `lossless` counts replaced channels that are, on the calibration data, affine functions of the others to float32
+    rounding. `predicted_risk` and `measured_risk` are half the expected squared error of the same quantity, which `basis`
+    names; measured is None where no prediction of the same quantity exists.
     """
 
     name: str
@@ -61,6 +62,7 @@ class SiteReport(_Section):
     size: int
     kept: int
     width: int
+    lossless: int
     readers: list[str]
     basis: str | None
     predicted_risk: float | None

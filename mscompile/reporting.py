@@ -182,6 +182,7 @@ def _site_reports(source: DenseModel, result: Result, inspection: Inspection) ->
                 size=site.size,
                 kept=site.size if entry is None else len(entry.kept),
                 width=site.size if left is None else len(left),
+                lossless=0 if entry is None else len(entry.lossless),
                 readers=readers_of(site),
                 basis=None if entry is None else entry.basis,
                 predicted_risk=None if entry is None else entry.predicted_risk,

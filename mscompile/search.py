@@ -21,7 +21,7 @@ from mscompile.frontier import Frontier, Tried
 from mscompile.options import Options
 from mscompile.plan import Plan, resolve_keep
 from mscompile.prediction import imbalance, site_risks
-from mscompile.preparation import check_enough, eliminate, finite_sites, split, what_to_measure
+from mscompile.preparation import determined_sites, eliminate, finite_sites, split, what_to_measure
 from mscompile.recalibration import Step
 from mscompile.replacements import CONSTANT
 from mscompile.report import FidelityReport, LawReport
@@ -142,7 +142,8 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
         batch = next(parts["calibrate"].batches(options.batch_size))
         warnings += imbalance(source.model, source.weighted_outputs(options), batch)
-    check_enough(source, statistics, options)
+        source, undetermined = determined_sites(source, statistics, options)
+        warnings += undetermined
     with clock.time("plan"):
         eliminations = eliminate(source, statistics, scores, options)
     search = Search(Workshop(source, statistics, scores, eliminations, parts, options, clock, progress))

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.operators import IntArray
-from mscompile.replacements import TINY, interchanged, stabilise
+from mscompile.replacements import RIDGE, TINY, interchanged, stabilise
 from mscompile.scm import Site
 from mscompile.scores import Scores, joint_curvature
 from mscompile.statistics import Moments, Statistics
@@ -32,6 +32,11 @@ from mscompile.units import Block, even
 
 Array = npt.NDArray[np.float64]
 
+DEPENDENT = 10 * RIDGE
+"""Share of a unit's variance that others may leave unexplained where it counts as a function of them: the ridge leaves twice
+its own."""
+OBSERVED = 4
+"""Observations per channel below which no unit counts as dependent: few enough always are."""
 BLOCK_SHARE = 1 / 128
 """Share of the remaining units removed at a time: one by one up to 255 of them, in blocks beyond, where single updates would
 be bound by memory."""
@@ -47,10 +52,13 @@ class Elimination:
         Units, first to go first.
     risk
         [units + 1]: predicted risk after the first so many have gone, from 0 on.
+    lossless
+        So many of the first units are, on the calibration data, affine functions of the units behind them.
     """
 
     order: IntArray
     risk: Array
+    lossless: int = 0
 
 
 @dataclass
@@ -117,8 +125,42 @@ def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> I
     return eliminate_jointly(sites, statistics, swap).order
 
 
+def dependent_units(sites: Sequence[Site], statistics: Statistics) -> IntArray:
+    """Units of a group that are affine functions of its other units at every site and position, first to go first.
+
+    A unit counts where what the others leave unexplained of it is at most `DEPENDENT` of its variance at all sites; it goes,
+    and the rest is looked at again, so that of two copies one stays.
+    """
+    moments = [statistics.moments[site.tensor] for site in sites]
+    if any(m.count < OBSERVED * site.size for m, site in zip(moments, sites, strict=True)):
+        return np.zeros(0, dtype=np.int64)
+    left, start = _totals(sites)
+    inverses = [_inverse(site, m, 0.0) for site, m in zip(sites, moments, strict=True)]
+    alive = [np.ones(site.size, dtype=np.bool_) for site in sites]
+    found: list[int] = []
+    while len(left) > 1:
+        unexplained = start.copy()
+        for site, m, inverse, here in zip(sites, moments, inverses, alive, strict=True):
+            share = 1.0 / (np.maximum(np.diagonal(inverse), TINY) * np.maximum(m.variance, TINY))
+            np.maximum.at(unexplained, np.searchsorted(left, site.units[here]), share[here])
+        least = int(unexplained.argmin())
+        if not unexplained[least] <= DEPENDENT:
+            break
+        found.append(int(left[least]))
+        for site, inverse, here in zip(sites, inverses, alive, strict=True):
+            for r in np.flatnonzero((site.units == left[least]) & here):
+                p = inverse[:, r].copy()
+                scipy.linalg.blas.dger(-1.0 / p[r], p, p, a=inverse.T, overwrite_a=True)
+                here[r] = False
+        left, start = np.delete(left, least), np.delete(start, least)
+    return np.array(found, dtype=np.int64)
+
+
 def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float) -> Elimination:
-    """Backward elimination of the units of a group; `swap` is that of the affine fit."""
+    """Backward elimination of the units of a group; `swap` is that of the affine fit.
+
+    Units that depend on the others go first: least squares folds them without loss.
+    """
     states = [
         _State(
             _inverse(site, statistics.moments[site.tensor], swap),
@@ -131,13 +173,15 @@ def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float
     left, start = _totals(sites)
     order: list[IntArray] = []
     steps: list[Array] = []
+    dependent = dependent_units(sites, statistics).tolist()
+    lossless = len(dependent)
     while (going := int(np.isfinite(start).sum())) > 0 and len(left) > 1:
         total = start.copy()
         for state in states:
             own, cost = state.costs()
             np.add.at(total, np.searchsorted(left, own), cost)
         count = min(max(1, int(len(left) * BLOCK_SHARE)), len(left) - 1, going)
-        chosen = np.argsort(total, kind="stable")[:count]
+        chosen = np.flatnonzero(left == dependent.pop(0)) if dependent else np.argsort(total, kind="stable")[:count]
         order.append(left[chosen])
         steps.append(total[chosen])
         for state in states:
@@ -145,7 +189,8 @@ def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float
         left, start = np.delete(left, chosen), np.delete(start, chosen)
     # One unit stays always, and some must: losing them is out of the question.
     steps.append(np.full(len(left), np.inf))
-    return Elimination(np.concatenate([*order, left]), np.concatenate([[0.0], np.cumsum(np.concatenate(steps))]))
+    risk = np.concatenate([[0.0], np.cumsum(np.concatenate(steps))])
+    return Elimination(np.concatenate([*order, left]), risk, lossless)
 
 
 def _inverse(site: Site, moments: Moments, swap: float) -> Array:

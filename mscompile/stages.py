@@ -141,16 +141,18 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
     dense = dense.restricted(frozenset(found.moments))
     _check_measured(statistics, found, options)
     scores = score(dense.scm, dense.sites, found, options.objective, seed=options.seed)
+    eliminations = eliminate(dense, found, scores, options)
     plan = make_plan(
         dense.scm,
         found,
         scores,
         dense.groups,
-        {group: found.order for group, found in eliminate(dense, found, scores, options).items()},
+        {group: elimination.order for group, elimination in eliminations.items()},
         resolve_keep(dense.scm, dense.groups, options.keep),
         model_sha256=dense.sha256,
         replacement=options.replacement,
         swap=options.swap,
+        lossless={group: elimination.lossless for group, elimination in eliminations.items()},
     )
     if output is not None:
         with staged(output) as draft:

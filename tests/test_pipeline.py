@@ -515,3 +515,23 @@ def test_models_without_inputs_have_nothing_to_cut():
 def test_options_that_make_no_sense(fields: dict[str, Any]):
     with pytest.raises(UsageError, match=next(iter(fields))):
         Options(**fields)
+
+
+def with_a_sum() -> onnx.ModelProto:
+    """An MLP one of whose units is the sum of two others, which are always on."""
+    model = mlp()
+    w, b = weight(model, "w0"), weight(model, "b0")
+    b[:2] = 50.0
+    w[:, 2], b[2] = w[:, 0] + w[:, 1], b[0] + b[1]
+    return set_weight(set_weight(model, "w0", w), "b0", b)
+
+
+def test_dependent_units_are_folded_without_loss_and_said_to_be(tmp_path: Path):
+    result = compiled(tmp_path, with_a_sum(), Options(keep={"h0": 15}))
+    (site,) = (site for site in result.report.sites if site.name == "h0")
+    assert (site.kept, site.lossless) == (15, 1)
+    assert set(result.plan.sites[0].lossless.tolist()) <= {0, 1, 2}
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.agreement == 1.0
+    wanted, found = (outputs(model, samples(seed=5))[0] for model in (with_a_sum(), tmp_path / "out.onnx"))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * wanted.std())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from mscompile.replacements import RIDGE, fit_affine, interchanged, stabilise
 from mscompile.scm import Site
 from mscompile.scores import Scores
-from mscompile.selection import additive_order, joint_order
+from mscompile.selection import additive_order, eliminate_jointly, joint_order
 from mscompile.statistics import Curvature, Moments, Statistics
 
 Array = npt.NDArray[np.float64]
@@ -168,3 +169,42 @@ def test_additive_order_sums_scores_over_sites() -> None:
     scores = Scores("random", risk, {}, {})
     assert additive_order(sites, scores).tolist() == [5, 6, 4, 7]  # 2, 2, 3 and 4.5; ties in the order of the units
     assert additive_order(sites[:1], scores).tolist() == [7, 5, 6, 4]
+
+
+# --- dependent units --------------------------------------------------------------------------------------------------
+
+
+def with_copies() -> tuple[list[Site], Statistics]:
+    """Six independent channels, a copy of the first, and the sum of two others."""
+    rng = np.random.default_rng(0)
+    maps = np.vstack([np.eye(6), np.eye(6)[:1], np.eye(6)[1:2] + np.eye(6)[2:3]])
+    sigma = maps @ random_covariance(rng, 6) @ maps.T
+    return [site("h", np.arange(8))], statistics({"h": sigma}, {"h": random_covariance(rng, 8)})
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.1])
+def test_dependent_units_go_first_and_no_more_of_them_than_there_are(swap: float) -> None:
+    sites, known = with_copies()
+    found = eliminate_jointly(sites, known, swap)
+    assert found.lossless == 2
+    first = set(found.order[:2].tolist())
+    assert len(first & {0, 6}) == 1
+    assert len(first & {1, 2, 7}) == 1
+    assert sorted(found.order.tolist()) == list(range(8))
+    if swap == 0.0:
+        assert found.risk[2] <= 1e-4 * found.risk[3]
+
+
+def test_a_unit_that_depends_at_one_site_only_stays() -> None:
+    sites, known = with_copies()
+    rng = np.random.default_rng(1)
+    other = statistics({"g": random_covariance(rng, 8)}, {"g": random_covariance(rng, 8)})
+    both = replace(known, moments={**known.moments, **other.moments}, curvature={**known.curvature, **other.curvature})
+    assert eliminate_jointly([*sites, site("g", np.arange(8))], both, 0.1).lossless == 0
+
+
+def test_few_observations_prove_no_dependence() -> None:
+    sites, known = with_copies()
+    moments = known.moments["h"]
+    few = replace(moments, count=31, scatter=moments.covariance * 31, squares=moments.variance * 31)
+    assert eliminate_jointly(sites, replace(known, moments={"h": few}), 0.1).lossless == 0
