@@ -27,7 +27,7 @@ CANCELLED = 1e-2
 
 
 def with_source(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its input behind a node, so that there is a tensor to differentiate by, and a fixed number of samples."""
+    """The model with its input behind a node, a tensor to differentiate by, and with a fixed number of samples."""
     found = onnx.ModelProto()
     found.CopyFrom(model)
     (source,) = found.graph.input
@@ -40,7 +40,9 @@ def with_source(model: onnx.ModelProto) -> onnx.ModelProto:
     return found
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(source=networks(), seed=st.integers(0, 2**16))
 def test_gradients_of_generated_networks_agree(source: onnx.ModelProto, seed: int) -> None:
     proto, rng = with_source(source), np.random.default_rng(seed)
@@ -50,7 +52,7 @@ def test_gradients_of_generated_networks_agree(source: onnx.ModelProto, seed: in
     vectors = {o: rng.standard_normal(y.shape).astype(np.float32) for o, y in Session(proto).run(x).items()}
     try:
         theirs = onnx_ad.reverse(proto, layout="onnx")
-    except Exception as reason:  # noqa: BLE001 - whatever it raises says that it has no rule
+    except Exception as reason:
         event(f"onnx-ad refuses: {type(reason).__name__}")
         return
     expected = Session(theirs, optimise=False).run({**x, **{f"adj_{o}": v[..., None] for o, v in vectors.items()}})

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/calibrate_zoo.py MODEL.onnx [MODEL.onnx ...] [--data NAME=FILE.npz] [--samples 64] [--batch 8]
 
-Inputs are taken from `--data` (NAME is a model's file name without suffix), else made up by declared type and shape and said to
-be so: float images are coarse noise, enlarged; integers count upwards at random below 1000, attention masks are ones, token
-types zeros; free dimensions that are no samples are 32, or 224 along the sides of images. Made-up inputs show that a model
-passes, not what its scores are worth.
+Inputs are taken from `--data` (NAME is a model's file name without suffix), else made up by declared type and shape and said
+to be so: float images are coarse noise, enlarged; integers are random below 1000, attention masks are ones, token types
+zeros; free dimensions that are no samples are 32, or 224 along the sides of images. Made-up inputs show that a model passes,
+not what its scores are worth.
 """
 
 from __future__ import annotations

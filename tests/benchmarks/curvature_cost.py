@@ -2,9 +2,9 @@
 
     python tests/benchmarks/curvature_cost.py [--width 160] [--samples 256] [--probes 4]
 
-A residual CNN of that width is made anew (weights do not matter here; torch is needed for it). Brute force replaces every unit
-by its constant, one intervened run over the samples each; it is timed on some units of every site and taken times the number
-of units. Peak memory is that of a process of its own for each number of samples, less what it held before calibration.
+A residual CNN of that width is made anew (weights do not matter here; torch is needed for it). Brute force replaces every
+unit by its constant, one intervened run over the samples each; it is timed on some units of every site and taken times the
+number of units. Peak memory is that of a process of its own for each number of samples, less what it held before calibration.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def export_wide(width: int, path: Path) -> None:
     torch.manual_seed(0)
     stem = chain(conv=torch.nn.Conv2d(1, width, 3, padding=1), relu=torch.nn.ReLU(), pool=torch.nn.MaxPool2d(2))
     blocks = {f"block{i}": Residual(width) for i in range(3)}
-    network = chain(stem=stem, pool=torch.nn.MaxPool2d(2), **blocks, average=GlobalAverage(), head=torch.nn.Linear(width, 10))
+    network = chain(
+        stem=stem, pool=torch.nn.MaxPool2d(2), **blocks, average=GlobalAverage(), head=torch.nn.Linear(width, 10)
+    )
     export(network, noise(2), path)
 
 
