@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
@@ -20,11 +21,14 @@ from mscompile.scm import Scm, Site
 from mscompile.statistics import Array, Curvature, Moments, Statistics, WindowMoments
 from mscompile.survey import survey
 from mscompile.tally import before, name_of, quantity_of
+from mscompile.windows import window_of
 
 HELD_BATCHES = 16
 """Batches summed up in float32 inside onnxruntime before the sums are added to the float64 totals outside."""
 GROUP_BYTES = 1 << 30
-"""Channel-by-channel sums held at a time; sites beyond it wait for another pass over the data."""
+"""Bytes of channel-by-channel sums in the making; sites beyond it wait for another pass over the data."""
+BYTES = 24
+"""Per entry: in float32 before and after a batch, in float64 on the way and in total."""
 
 
 def calibrate(
@@ -34,12 +38,14 @@ def calibrate(
     *,
     batch_size: int,
     measure: Measure,
+    memory: int = GROUP_BYTES,
     progress: Progress = no_progress,
 ) -> Statistics:
     """Collect the statistics of `sites` over `samples`.
 
-    One pass over the data, or as many as it takes to hold at most `GROUP_BYTES` of sums at a time. Memory does not grow
-    with the number of samples; a site of C channels takes C² float64.
+    One pass over the data, or as many as it takes for sums in the making to hold at most `memory` bytes; a site whose own
+    are larger is summed in blocks of channels, a pass for each. Memory does not grow with the number of samples; what is
+    found of a site of C channels with covariance takes C² float64.
 
     Raises
     ------
@@ -47,27 +53,73 @@ def calibrate(
         Labels are needed and missing.
     """
     total: Statistics | None = None
-    for group in _groups(sites, measure):
-        part = _pass(scm, group, samples, batch_size, measure, progress)
+    for group, blocks in _groups(sites, measure, scm.model.graph.opset_imports.get("", 1), memory):
+        parts = [
+            # What is no outer product is the same in every pass.
+            _pass(
+                scm, group, samples, batch_size, replace(measure, block=block, windows=measure.windows and not i), progress
+            )
+            for i, block in enumerate(blocks)
+        ]
+        part = _symmetric(_stacked(parts) if len(parts) > 1 else parts[0])
         total = part if total is None else _side_by_side(total, part)
     if total is None:
         raise UsageError("there is no site to calibrate", where="sites", why="the list is empty", hint="name a site")
     return total
 
 
-def _groups(sites: Sequence[Site], measure: Measure) -> Iterator[list[Site]]:
-    square = 8 * (measure.covariance + measure.second)
+def _groups(
+    sites: Sequence[Site], measure: Measure, opset: int, memory: int
+) -> Iterator[tuple[list[Site], list[slice | None]]]:
+    """Sites that are summed together, and the blocks of channels that the outer products of a large one are summed in."""
+    squares = measure.covariance + measure.covariance * measure.shared + measure.second
     group: list[Site] = []
     used = 0
     for site in sites:
-        size = square * site.size**2
-        if group and used + size > GROUP_BYTES:
-            yield group
+        seen = [window_of(site, reader, opset) for reader in site.readers] if measure.windows else []
+        features = sum(window.features**2 for window in seen if window is not None) * (1 + measure.shared)
+        size = BYTES * (squares * site.size**2 + features)
+        if group and used + size > memory:
+            yield group, [None]
             group, used = [], 0
+        rows = -(-site.size // -(-size // memory)) if size else site.size
+        if rows < site.size and squares:
+            yield [site], [slice(start, min(start + rows, site.size)) for start in range(0, site.size, rows)]
+            continue
         group.append(site)
         used += size
     if group:
-        yield group
+        yield group, [None]
+
+
+def _stacked(parts: Sequence[Statistics]) -> Statistics:
+    """Passes over blocks of channels of one site as one."""
+    first = parts[0]
+    (tensor,) = first.moments
+    moments = [part.moments[tensor] for part in parts]
+    curvature = [part.curvature[tensor] for part in parts if tensor in part.curvature]
+    whole = replace(
+        moments[0],
+        squares=np.sum([m.squares for m in moments], axis=0),
+        scatter=_rows([m.scatter for m in moments]),
+        shared=_rows([m.shared for m in moments]),
+    )
+    curved = {tensor: replace(curvature[0], second=_rows([c.second for c in curvature]))} if curvature else {}
+    return replace(first, moments={tensor: whole}, curvature=curved)
+
+
+def _rows(blocks: Sequence[Array | None]) -> Array | None:
+    found = [block for block in blocks if block is not None]
+    return np.concatenate(found) if found else None
+
+
+def _symmetric(found: Statistics) -> Statistics:
+    """What samples share was summed with one sample on each side: either may be the first."""
+    moments = dict(found.moments)
+    for tensor, m in moments.items():
+        if m.shared is not None:
+            moments[tensor] = replace(m, shared=0.5 * (m.shared + m.shared.T))
+    return replace(found, moments=moments)
 
 
 def _side_by_side(a: Statistics, b: Statistics) -> Statistics:
@@ -91,41 +143,36 @@ def _pass(
     first = survey(scm, sites, next(samples.batches(batch_size)), min(batch_size, len(samples)), outputs)
     instrument = Instrument(scm, sites, first, measure, len(samples))
     session = Session(instrument.model)
-    moments: dict[str, Moments] = {}
-    curvature: dict[str, Curvature] = {}
-    windows: dict[str, WindowMoments] = {}
-
-    def collect(state: Mapping[str, ort.OrtValue], count: int) -> None:
-        found = instrument.tally.read(state, count)
-        for site in sites:
-            tensor, centre = site.tensor, instrument.centres[site.tensor].astype(np.float64)
-            new = _moments(site, found, centre)
-            moments[tensor] = moments[tensor] + new if tensor in moments else new
-            if tensor in instrument.differentiated:
-                more = _curvature(site, found, centre, count, instrument.share)
-                curvature[tensor] = curvature[tensor] + more if tensor in curvature else more
-        for name, (site, window, _) in instrument.windows.items():
-            seen, products = (found[quantity_of(name, quantity)] for quantity in ("windows", "window"))
-            centre = instrument.centres[site.tensor].astype(np.float64)
-            between = found.get(quantity_of(name, "between"))
-            wider = WindowMoments(window, centre, int(seen), products, between)
-            windows[name] = windows[name] + wider if name in windows else wider
-
+    totals: dict[str, Array] = {}
     state, start, held = instrument.tally.empty(), 0, 0
     batches = math.ceil(len(samples) / batch_size)
     for number, batch in enumerate(progress(samples.batches(batch_size), "calibrate", batches), start=1):
         count = min(batch_size, len(samples) - start)
-        totals = session.step({**batch, **instrument.feed(number, start, count, samples)}, state)
-        state = {before(name): value for name, value in totals.items()}
+        sums = session.step({**batch, **instrument.feed(number, start, count, samples)}, state)
+        state = {before(name): value for name, value in sums.items()}
         start, held = start + count, held + count
         if number % HELD_BATCHES == 0 or number == batches:
-            collect(totals, held)
+            _add(totals, instrument.tally.read(sums, held))
             state, held = instrument.tally.empty(), 0
+    centres = {site.tensor: instrument.centres[site.tensor].astype(np.float64) for site in sites}
     return Statistics(
-        moments,
-        curvature,
+        {site.tensor: _moments(site, totals, centres[site.tensor], measure.block) for site in sites},
+        {
+            site.tensor: _curvature(site, totals, centres[site.tensor], len(samples), instrument.share)
+            for site in sites
+            if site.tensor in instrument.differentiated
+        },
         instrument.refused,
-        windows,
+        {
+            name: WindowMoments(
+                window,
+                centres[site.tensor],
+                int(totals[quantity_of(name, "windows")]),
+                totals[quantity_of(name, "window")],
+                totals.get(quantity_of(name, "between")),
+            )
+            for name, (site, window, _) in instrument.windows.items()
+        },
         len(samples),
         (samples.sha256,),
         ort.__version__,
@@ -134,21 +181,35 @@ def _pass(
     )
 
 
-def _moments(site: Site, found: Mapping[str, Array], centre: Array) -> Moments:
+def _add(totals: dict[str, Array], found: Mapping[str, Array]) -> None:
+    """Take more sums, and extremes, into the totals."""
+    for name, value in found.items():
+        if name not in totals:
+            totals[name] = value
+        elif name.startswith(quantity_of("", "high")):
+            np.maximum(totals[name], value, out=totals[name])
+        elif name.startswith(quantity_of("", "low")):
+            np.minimum(totals[name], value, out=totals[name])
+        else:
+            totals[name] += value
+
+
+def _moments(site: Site, found: Mapping[str, Array], centre: Array, block: slice | None) -> Moments:
+    """Undo the centring. Of a block of channels, outer products are there for its rows alone."""
     count = int(found[name_of(site, "count")])
     offset = found[name_of(site, "sum")] / count
+    own = np.arange(site.size)[block or slice(None)]
     products = found.get(name_of(site, "products"))
-    scatter = None if products is None else products - count * np.outer(offset, offset)
+    scatter = None if products is None else products - count * np.outer(offset[own], offset)
+    squares = np.zeros(site.size)
     if scatter is None:
         squares = np.maximum(found[name_of(site, "squares")] - count * offset**2, 0.0)
     else:
-        squares = np.diagonal(scatter).copy()
+        squares[own] = scatter[np.arange(len(own)), own]
     unknown = np.full(site.size, np.inf)
     low, high = found.get(name_of(site, "low"), -unknown), found.get(name_of(site, "high"), unknown)
     between = found.get(name_of(site, "shared"))
-    shared = None if between is None else between - count * np.outer(offset, offset)
-    if shared is not None:
-        shared = 0.5 * (shared + shared.T)
+    shared = None if between is None else between - count * np.outer(offset[own], offset)
     return Moments(count, centre + offset, squares, scatter, shared, low, high)
 
 

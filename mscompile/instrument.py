@@ -52,6 +52,8 @@ class Measure:
         Of the random signs.
     second
         Whether E[λ λᵀ] is summed.
+    block
+        Channels whose rows of outer products are summed; all if None.
     """
 
     covariance: bool = True
@@ -64,6 +66,7 @@ class Measure:
     probes: int = 4
     seed: int = 0
     second: bool = False
+    block: slice | None = None
 
 
 class Instrument:
@@ -166,10 +169,10 @@ class Instrument:
         keep("sum", centred)
         if measure.covariance:
             rows = view.rows(centred)
-            self.tally.add_square(site.tensor, "products", self._products(rows), site.size)
+            self._square(site, "products", rows, rows)
             if measure.shared and view.places != 1:
                 others = view.rows(self._rolled(centred))
-                self.tally.add_square(site.tensor, "shared", self._products(rows, others), site.size)
+                self._square(site, "shared", rows, others)
         else:
             keep("squares", build.op("Mul", centred, centred))
         if measure.extremes:
@@ -182,12 +185,19 @@ class Instrument:
         keep("s2", *(build.op("Mul", slope, centred) for slope in slopes))
         if measure.second:
             rows = self._stacked([view.rows(slope) for slope in slopes])
-            self.tally.add_square(site.tensor, "second", self._products(rows), site.size)
+            self._square(site, "second", rows, rows)
         if loss is not None and site.tensor in loss.values:
             slope = loss.values[site.tensor]
             keep("g1", slope)
             keep("g2", build.op("Mul", slope, centred))
         return centred
+
+    def _square(self, site: Site, quantity: str, rows: ir.Value, others: ir.Value) -> None:
+        """Return the outer products of a site's channels, or the block of rows that is asked for."""
+        build, channels = self._build, range(site.size)[self._measure.block or slice(None)]
+        if len(channels) < site.size:
+            rows = build.op("Gather", rows, build.integers(list(channels)), axis=1)
+        self.tally.add_square(site.tensor, quantity, self._products(rows, others), (len(channels), site.size))
 
     def offsets(self, number: int) -> Arrays:
         """Offsets of the windows observed in batch `number`."""
@@ -213,10 +223,10 @@ class Instrument:
         rows = build.op("Reshape", seen, flat)
         count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
         self.tally.add_count(name, "windows", count)
-        self.tally.add_square(name, "window", self._products(rows), window.features)
+        self.tally.add_square(name, "window", self._products(rows), (window.features, window.features))
         if self._measure.shared:
             others = build.op("Reshape", self._rolled(seen), flat)
-            self.tally.add_square(name, "between", self._products(rows, others), window.features)
+            self.tally.add_square(name, "between", self._products(rows, others), (window.features, window.features))
 
     def _channel_major(self, site: Site, reader: Reader) -> ir.Value:
         """[samples, channels · places]: the input of a product less the site's centre."""

@@ -173,9 +173,9 @@ class Tally:
         self._graph.outputs.append(after)
         self._starts[name] = start
 
-    def add_square(self, where: str, quantity: str, value: ir.Value, size: int) -> None:
+    def add_square(self, where: str, quantity: str, value: ir.Value, shape: tuple[int, int]) -> None:
         """Return a sum of outer products."""
-        self._output(quantity_of(where, quantity), value, np.zeros((size, size), dtype=np.float32))
+        self._output(quantity_of(where, quantity), value, np.zeros(shape, dtype=np.float32))
 
     def add_count(self, where: str, quantity: str, value: ir.Value) -> None:
         """Return a number of observations."""

@@ -226,6 +226,25 @@ def test_statistics_of_shards_add_up() -> None:
         assert_close(centred.products, whole.windows[reader].products)
 
 
+@pytest.mark.parametrize("name", ["cnn", "tokens"])
+@pytest.mark.parametrize("memory", [1, 24 * 3 * 20, 10_000])
+def test_sites_apart_and_in_blocks_of_channels_give_the_same(name: str, memory: int) -> None:
+    scm, samples = opened(name)
+    measure = Measure(shared=True, windows=True, outputs={"y": 1.0}, curvature="identity", probes=100, second=True)
+    whole = calibrate(scm, scm.sites, samples, batch_size=16, measure=measure)
+    parts = calibrate(scm, scm.sites, samples, batch_size=16, measure=measure, memory=memory)
+    assert list(parts.moments) == list(whole.moments)
+    assert parts.windows.keys() == whole.windows.keys()
+    for tensor, moments in whole.moments.items():
+        found = parts.moments[tensor]
+        assert found.count == moments.count
+        for quantity in ("mean", "squares", "scatter", "shared", "low", "high"):
+            if getattr(moments, quantity) is not None:
+                assert_close(getattr(found, quantity), getattr(moments, quantity))
+        for quantity in ("s11", "s12", "s22", "second"):
+            assert_close(getattr(parts.curvature[tensor], quantity), getattr(whole.curvature[tensor], quantity))
+
+
 def test_windows_are_what_the_reader_sees() -> None:
     """The second moments of the features give those of the reader's own output."""
     scm, samples = opened("cnn", 32)
