@@ -4,7 +4,7 @@
 
 A residual CNN of that width is made anew (weights do not matter here; torch is needed for it). Brute force replaces every
 unit by its constant, one intervened run over the samples each; it is timed on some units of every site and taken times the
-number of units. Peak memory is that of a process of its own for each number of samples, less what it held before calibration.
+number of units. Peak memory is that of a process of its own for each number of samples, less what it held before.
 """
 
 from __future__ import annotations
