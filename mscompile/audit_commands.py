@@ -253,9 +253,10 @@ def _explanation(report: AuditReport, width: int) -> Iterator[str]:
     if report.counterexample is not None:
         units = sum(len(channels) for channels in report.counterexample.swapped.values())
         where = "" if report.counterexample.folder is None else f", in {plain(report.counterexample.folder)}"
-        yield from sentence(
-            f"counterexample: {units} of {report.counterexample.swapped_before} swapped units suffice{where}", width
+        what = (
+            f"{units} of {report.counterexample.swapped_before} swapped units suffice" if units else "without intervention"
         )
+        yield from sentence(f"counterexample: {what}{where}", width)
     if report.comparison is not None:
         c = report.comparison
         yield from sentence(
