@@ -219,6 +219,7 @@ def _compile(report: Report) -> dict[str, Any]:
         "headline": headline + ".",
         "meaning": meaning,
         "sizes": sizes,
+        "goal": _goal(report),
         "covered": f"{len(report.coverage) - left} of {len(report.coverage)} weights can be cut, {left} are left alone",
     }
 
@@ -280,25 +281,52 @@ def _compile_plots(report: Report) -> dict[str, Markup]:
                 rules=[report.fidelity.iia_lower],
             )
         )
-    if points := _pareto(report):
-        plots["pareto"] = _drawn(
+    if len(report.candidates) > 1:
+        points = sorted(report.candidates, key=lambda candidate: candidate.params)
+        share = report.sizes.compiled.params / max(report.sizes.dense.params, 1)
+        made = [] if report.fidelity is None else [Series("this model, certify part", [share], [report.fidelity.iia])]
+        plots["frontier"] = _drawn(
             lines(
-                [Series("candidates", [share for share, _ in points], [iia for _, iia in points])],
+                [
+                    Series(
+                        "candidates, choose part",
+                        [point.params for point in points],
+                        [point.iia for point in points],
+                        low=[point.iia_lower for point in points],
+                        high=[point.iia for point in points],
+                        labels=[f"{point.params:.1%} of the parameters: IIA {point.iia:.4f}" for point in points],
+                    ),
+                    *made,
+                ],
                 title="Fidelity against size",
-                description="One point a candidate.",
+                description="Candidates, the band reaching down to their lower bounds; and the model that was made.",
                 x="share of the parameters",
                 y="IIA",
+            )
+        )
+    steps = [(step.predicted, step.measured) for step in report.recalibration if step.predicted is not None]
+    if len(steps) > 1:
+        plots["steps"] = _drawn(
+            lines(
+                [
+                    Series("predicted", list(range(1, len(steps) + 1)), [predicted or 0.0 for predicted, _ in steps]),
+                    Series("measured", list(range(1, len(steps) + 1)), [measured for _, measured in steps]),
+                ],
+                title="Risk as site after site is replaced",
+                description="In the order of the graph, on samples held out.",
+                x="sites replaced",
+                y="risk",
             )
         )
     return plots
 
 
-def _pareto(report: Report) -> list[tuple[float, float]]:
-    """Shares of the parameters and IIA of the candidates, where there were several."""
-    dense = max(report.sizes.dense.params, 1)
-    entries: Iterable[Any] = getattr(report, "pareto", None) or report.candidates
-    points = [(entry.params / dense, entry.iia) for entry in entries]
-    return sorted(points) if len(points) > 1 else []
+def _goal(report: Report) -> str:
+    """What was asked for and what was reached."""
+    reached = report.goal_reached
+    if reached is None or reached.asked is None or reached.reached is None:
+        return report.goal
+    return f"{report.goal}: asked {reached.kind} {reached.asked:.3g}, reached {reached.reached:.3g}"
 
 
 def _swapping(law: str, swap: float) -> str:
