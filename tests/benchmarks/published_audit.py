@@ -54,7 +54,7 @@ def trained(train: tuple[np.ndarray, np.ndarray], test: np.ndarray, seed: int, t
 
 
 def measured(
-    model: Path, calib: dict[str, np.ndarray], test: dict[str, np.ndarray], keeps: tuple[int, ...], sets: int
+    model: Path, calib: dict[str, np.ndarray], test: dict[str, np.ndarray], keeps: tuple[int, ...], sets: int, trials: int
 ) -> dict[tuple[str, int], np.ndarray]:
     """[swaps] IIA by method and units kept."""
     dense = open_dense(model)
@@ -70,7 +70,7 @@ def measured(
                 candidate = candidate_of(dense, statistics, scores, orders, {site: keep}, "constant")
                 small = model.with_name("small.onnx")
                 save_model(stamp(candidate.compiled, candidate.plan, dense.sha256), small)
-                options = AuditOptions(swaps=SWAPS, table=5000, explain=False)
+                options = AuditOptions(swaps=SWAPS, table=trials, explain=False)
                 laws = {row.swap: row.iia_matched for row in audit(model, small, test, options, calib=calib).laws}
                 runs.append([laws[swap] for swap in SWAPS])
             found[method, keep] = np.mean(runs, axis=0)
@@ -82,7 +82,8 @@ def measured(
 @click.option("--keep", "keeps", multiple=True, type=int, default=(384, 256, 128, 64, 32), show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="Trainings.")
 @click.option("--random-sets", default=3, show_default=True, help="Random sets behind each mean.")
-def main(data: Path, keeps: tuple[int, ...], seeds: int, random_sets: int) -> None:
+@click.option("--trials", default=5000, show_default=True, help="Interchanges behind each number.")
+def main(data: Path, keeps: tuple[int, ...], seeds: int, random_sets: int, trials: int) -> None:
     """Print the table: mean of the trainings, and their range."""
     (train, labels), (test, _) = mnist.read(data)
     x, held_out = ((part.reshape(-1, 784).astype(np.float32) / 255 - MEAN) / STD for part in (train, test))
@@ -92,7 +93,7 @@ def main(data: Path, keeps: tuple[int, ...], seeds: int, random_sets: int) -> No
         for seed in range(seeds):
             model = Path(folder) / "dense.onnx"
             trained((x, labels.astype(np.int64)), held_out, seed, model)
-            runs.append(measured(model, {"x": x[:2000]}, {"x": held_out}, keeps, random_sets))
+            runs.append(measured(model, {"x": x[:2000]}, {"x": held_out}, keeps, random_sets, trials))
     rows = []
     for keep in keeps:
         for number, swap in enumerate(SWAPS):
