@@ -127,6 +127,10 @@ class Walk:
     reads: list[Read] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
+    rows: list[tuple[IntArray, Refusal]] = field(default_factory=list)
+    """[rows, units in a row] each: rows without heads that must stay, and why."""
+    row_slots: list[Slot] = field(default_factory=list)
+    """Parameter axes that run in step with rows: units [rows, units in a row]."""
     signatures: dict[ir.Node, Signature | str] = field(default_factory=dict)
 
     def freeze(self, units: IntArray, refusal: Refusal) -> None:
@@ -186,6 +190,11 @@ class _Step:
 
     def refuse(self, units: IntArray, reason: str) -> None:
         self.walk.freeze(units, Refusal(label(self.node), self.node.op_type, reason))
+
+    def keep_rows(self, arrays: Sequence[tuple[IntArray, int]], reason: str) -> None:
+        """What lies at one index of an axis of an array must not go as a whole."""
+        refusal = Refusal(label(self.node), self.node.op_type, reason)
+        self.walk.rows += [(np.moveaxis(u, place, 0).reshape(u.shape[place], -1), refusal) for u, place in arrays]
 
     def labels(self, operand: int) -> dict[Axes, IntArray]:
         value = self.view.value(operand)
@@ -263,7 +272,7 @@ class _Step:
                 if not moves:
                     return None
                 if len(axes) > 1 and place == len(axes) - 1:
-                    units = self._aligned(units, place)
+                    sets.onto(units, place)  # so that every row keeps the same ones
                 (move, *others) = moves
                 if others or (move.at is not None and place < len(axes) - 1):
                     self.refuse(units, "copies them in more ways than one")
@@ -289,15 +298,6 @@ class _Step:
         kept = tuple(axis for axis in found if axis is not None)
         return Contribution(operand, kept, units.squeeze(gone) if gone else units, at)
 
-    def _aligned(self, units: IntArray, place: int) -> IntArray:
-        """Merge units so that every row keeps the same ones along an axis."""
-        sets = self.walk.sets
-        along = sets.onto(units, place)
-        shape = [1] * units.ndim
-        shape[place] = len(along)
-        aligned: IntArray = np.broadcast_to(along.reshape(shape), units.shape)
-        return aligned
-
     def _moved(self, units: IntArray, place: int, move: Move) -> IntArray:
         first, *others = np.atleast_2d(move.index)
         moved: IntArray = np.take(units, first, axis=place)
@@ -315,7 +315,7 @@ class _Step:
             order = [a for a in regroup.source if a in inside]
             if len(order) > 1 and order != inside:
                 # Elements come in another order than rows: which ones stay must not differ from row to row.
-                units = self._aligned(units, axes.index(inside[-1]))
+                self.walk.sets.onto(units, axes.index(inside[-1]))
             first = min(axes.index(a) for a in inside)
             rest = [a for a in axes if a not in inside]
             before = [a for a in rest if axes.index(a) < first]
@@ -350,14 +350,17 @@ class _Step:
         everything = [c.units for c in group]
         fits = all([a for a in axes if a in c.axes] == [*c.axes] for c in group)
         sized = {a: {c.units.shape[c.axes.index(a)] for c in group if a in c.axes} for a in axes}
-        for axis in axes[-1:]:  # along the others no unit goes without its row, and rows stay
-            speaking = {c.operand for c in group if axis in c.axes}
-            link = next((li for port, li in self.links.items() if port == (target, axis)), ())
-            live = {o for o, _ in link if o >= 0 and o in self.view.live}
-            if not live <= speaking:
+        for axis in axes:
+            live = {o for o, _ in self.links.get((target, axis), ()) if o in self.view.live}
+            if live <= {c.operand for c in group if axis in c.axes}:
+                continue
+            reason = "joins them with a computed tensor that has no units there"
+            if axis == axes[-1]:
                 for units in everything:
-                    self.refuse(units, "joins them with a computed tensor that has no units there")
+                    self.refuse(units, reason)
                 return None
+            if not all((a,) in self.heads(o) for o, a in self.links[target, axis] if o in live):  # these say whether rows go
+                self.keep_rows([(c.units, c.axes.index(axis)) for c in group if axis in c.axes], reason)
         if not fits or any(len(sizes) > 1 for sizes in sized.values()):
             for units in everything:
                 self.refuse(units, "joins tensors whose units do not correspond")
@@ -400,6 +403,9 @@ class _Step:
                 if fixed and place == len(axes) - 1:
                     along = self.walk.sets.onto(units, place)
                     self.walk.slots += [Slot(self.node, o, a, along) for o, a in fixed]
+                elif fixed:
+                    rows = np.moveaxis(units, place, 0).reshape(units.shape[place], -1)
+                    self.walk.row_slots += [Slot(self.node, o, a, rows) for o, a in fixed]
 
     def create(self) -> None:
         """Units that begin here: rows of a weight."""
@@ -480,6 +486,8 @@ class _Step:
             for key, (*_, units) in zip(keys, said, strict=True)
         )
         self.walk.sets.unite(one, other)
+        if not all((a,) in self.heads(o) for o, _, axes, _ in said for a in axes[:-1]):
+            self.keep_rows([(one.reshape(-1, shape[-1]), 0)], "contracts two computed tensors")
         self.walk.meetings.append(Meeting(self.node, self.found, (one, other), (said[0][1], said[1][1]), shape[-1]))
         return True
 

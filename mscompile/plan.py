@@ -176,7 +176,7 @@ def refusal(scm: Scm, site: Site) -> str | None:
     """Why a site is left alone, or None if its units can be replaced and removed exactly."""
     if site.refusal is not None:
         return str(site.refusal)
-    if site.size < 2:
+    if len(np.unique(site.units)) < 2:
         return "has a single unit"
     if any(reader.border and reader.groups > 1 for reader in site.readers):
         return "is read by a convolution in groups with zero padding, whose border no constant reaches exactly"
@@ -275,9 +275,10 @@ def make_plan(
         if count == len(order) or retained < 1:
             continue
         # Whole heads or some channels of each: what costs less.
-        sets = [retained_units(order, retained, scm.blocks, scm.frozen)]
+        sets = [retained_units(order, retained, scm.blocks, scm.frozen, sites)]
         heads = retained_heads(order, retained, scm.blocks, scm.frozen)
-        sets += [] if heads is None else [heads]
+        if heads is not None and all(np.isin(site.units, heads).any() for site in sites):
+            sets.append(heads)
         free = order[: (lossless or {}).get(group, 0)]
         plans = [
             _plan_group(sites, statistics, scores, kept, replacement, swap, free, predicted or len(sets) > 1)

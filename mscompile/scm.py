@@ -165,6 +165,9 @@ def read_scm(model: ir.Model) -> Scm:
     frozen: dict[int, Refusal] = {}
     for unit, refusal in walk.frozen.items():
         frozen.setdefault(int(root[unit]), refusal)
+    for rows, refusal in walk.rows:
+        for unit in _alone(root[rows]):
+            frozen.setdefault(int(unit), refusal)
     labels: dict[str, dict[Axes, IntArray]] = {}
     for value, found in (*walk.labels.items(), *walk.heads.items()):
         labels.setdefault(value.name or "", {}).update({axes: root[units] for axes, units in found.items()})
@@ -173,6 +176,11 @@ def read_scm(model: ir.Model) -> Scm:
         rooted = Block(root[block.units], np.where(block.heads < 0, -1, root[block.heads]))
         blocks[rooted.units.tobytes() + rooted.heads.tobytes()] = rooted
     slots = tuple(_rooted(slot, root) for slot in walk.slots)
+    slots += tuple(
+        Slot(slot.node, slot.operand, slot.axis, alone)
+        for slot in walk.row_slots
+        if len(alone := _alone(root[slot.units])) == len(slot.units)
+    )
     creators = tuple(
         Creator(c.node, tuple(_rooted(slot, root) for slot in c.slots), c.axis, root[c.units]) for c in walk.creators
     )
@@ -184,9 +192,22 @@ def read_scm(model: ir.Model) -> Scm:
         creators,
         slots,
         labels,
-        tuple(block for block in blocks.values() if not np.all(block.units == block.units[:1]) or (block.heads >= 0).any()),
+        tuple(block for block in blocks.values() if _binds(block)),
         walk.signatures,
         frozen,
+    )
+
+
+def _alone(rows: IntArray) -> IntArray:
+    """Units that fill a whole row, in order."""
+    one: IntArray = rows[(rows == rows[:, :1]).all(axis=1), 0]
+    return one
+
+
+def _binds(block: Block) -> bool:
+    """Whether a block says more than that rows of one unit each, or rows of the same units, are equally large."""
+    return bool((block.heads >= 0).any()) or (
+        len(_alone(block.units)) < len(block.units) and not np.all(block.units == block.units[:1])
     )
 
 

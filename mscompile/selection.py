@@ -204,7 +204,9 @@ def _inverse(site: Site, moments: Moments, swap: float) -> Array:
     return inverse
 
 
-def retained_units(order: IntArray, count: int, blocks: Sequence[Block], frozen: Collection[int]) -> IntArray:
+def retained_units(
+    order: IntArray, count: int, blocks: Sequence[Block], frozen: Collection[int], sites: Sequence[Site] = ()
+) -> IntArray:
     """The `count` units that go last; where rows of a block must stay equally large, the same share of each row, or more.
 
     Parameters
@@ -215,11 +217,14 @@ def retained_units(order: IntArray, count: int, blocks: Sequence[Block], frozen:
         Those of other groups are ignored.
     frozen
         Units and heads that must stay.
+    sites
+        Each keeps at least one unit.
     """
     own = [block for block in blocks if np.isin(block.units, order).all()]
+    each = [Block(site.units[None], np.array([-1])) for site in sites]
     kept = order[len(order) - count :]
     if not own:
-        return np.sort(kept)
+        return even(kept, each, order.tolist())
     place = {unit: i for i, unit in enumerate(order.tolist())}
     largest = max(own, key=lambda block: block.units.size)
     rows = [sorted(set(row), key=lambda unit: place[unit]) for row in largest.units.tolist()]
@@ -228,7 +233,7 @@ def retained_units(order: IntArray, count: int, blocks: Sequence[Block], frozen:
         quota = max(1, round(count / len(order) * longest))
         kept = np.union1d(kept[~np.isin(kept, largest.units)], np.concatenate([row[-quota:] for row in rows]))
     gone = empty_heads(own, kept, frozen)
-    return even(kept, own, order.tolist(), gone)
+    return even(kept, own + each, order.tolist(), gone)
 
 
 def empty_heads(blocks: Sequence[Block], kept: IntArray, frozen: Collection[int]) -> set[int]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mscompile.flow import Meeting, Read, Refusal, Slot, Walk, label
-from mscompile.operators import OUT, IntArray, Port, Signature, is_parameter
+from mscompile.operators import DIALECT, OUT, IntArray, Port, Signature, is_parameter
 from mscompile.units import components
 
 MASKED = -1e4
@@ -236,7 +236,11 @@ class _Trace:
         assert value is not None
         tensor, axis, units, entry = value, read.data_axis, read.units, read.node
         if read.plain:
-            tensor, axis, units, entry = self._origin(value, read.data_axis, read.units, read.node)
+            origin = self._origin(value, read.data_axis, read.units, read.node)
+            if linear.groups == 1 or len(origin[2]) == len(units):  # else a channel may be in several groups
+                tensor, axis, units, entry = origin
+        elif (node := value.producer()) is not None and node.domain == DIALECT and node.op_type == "Carry":
+            tensor, entry = node.inputs[0], node  # type: ignore[assignment]
         index = _positions(units, read.units) if tensor is not value else np.arange(len(units), dtype=np.int64)
 
         def settled(root: IntArray) -> Reader:
@@ -309,6 +313,9 @@ class _Trace:
                 reason = "contracts them with a tensor that no weight makes linearly"
                 continue
             keys, queries = meeting.units[key], meeting.units[1 - key]
+            if len(np.unique(queries)) < len(queries):
+                reason = "contracts several of them with one channel"
+                continue
             value = meeting.node.inputs[key]
             assert value is not None
             unique = np.array(list(dict.fromkeys(keys.tolist())), dtype=np.int64)
@@ -398,6 +405,8 @@ class _Trace:
             if not isinstance(found, Signature) or self._used_otherwise(value, units):
                 return None
             here = [s for s in self.walk.slots if s.node is node and s.units.ndim == 1 and np.isin(s.units, units).any()]
+            if {s.operand for s in here} & {s.operand for s in self.walk.row_slots if s.node is node}:
+                return None  # differs from row to row, and so would what is folded into it
             made = [c for c in self.walk.creators if c.node is node and np.isin(units, c.units).all()]
             if made and found.linear is not None:
                 linear = found.linear

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from mscompile.operators import IntArray
 
 Axes = tuple[int, ...]
 """Axes of a tensor that an array of units lies along: ``units[i, j]`` is the unit at index i of the first, j of the next.
 
-Along the last axis as many units may stay in one row as in any other, not the same ones; along the others whole rows go.
+Along the last axis as many units may stay in one row as in any other, not the same ones. Rows stay, but where each of them
+is one unit.
 """
 Labels = Mapping[Axes, IntArray]
 
@@ -69,6 +72,18 @@ def width(labels: Labels, axis: int, dead: IntArray) -> int | None:
     return None
 
 
+def alive(labels: Labels, axis: int, dead: IntArray) -> npt.NDArray[np.bool_] | None:
+    """Which channels are left on an axis, in the first row that is; None where the axis carries no units."""
+    for axes, units in labels.items():
+        if axis in axes:
+            place, left = axes.index(axis), ~np.isin(units, dead)
+            if place < len(axes) - 1:
+                return np.asarray(np.moveaxis(left, place, 0).reshape(units.shape[place], -1).any(axis=1))
+            rows: npt.NDArray[np.bool_] = left.reshape(-1, units.shape[-1])
+            return np.asarray(rows[int(rows.any(axis=1).argmax())])
+    return None
+
+
 def along(labels: Labels, axis: int) -> IntArray | None:
     """Units along an axis, of the first row where there are several; None where it carries none."""
     for axes, units in labels.items():
@@ -107,22 +122,25 @@ def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Co
     """
     chosen = set(kept.tolist())
     rank = {unit: place for place, unit in enumerate(order)}
+    counts = [[Counter(row) for row in block.units.tolist()] for block in blocks]  # a unit may stand at several places
     changed = True
     while changed:
         changed = False
-        for block in blocks:
-            staying = block.units[~np.isin(block.heads, list(gone))]
-            rows = [list(dict.fromkeys(row)) for row in staying.tolist()]
-            if not rows:
-                continue
-            left = [sum(unit in chosen for unit in row) for row in rows]
-            most = max(*left, 1)
-            for row, count in zip(rows, left, strict=True):
-                away = sorted((u for u in row if u not in chosen), key=lambda u: -rank.get(u, -1))
-                add = away[: most - count]
-                changed |= bool(add)
-                chosen.update(add)
+        for block, counted in zip(blocks, counts, strict=True):
+            rows = [row for row, head in zip(counted, block.heads.tolist(), strict=True) if head not in gone]
+            most = max(1, *(_left(row, chosen) for row in rows))
+            for row in rows:
+                if (count := _left(row, chosen)) < most:
+                    changed = True
+                    for unit in sorted((u for u in row if u not in chosen), key=lambda u: -rank.get(u, -1)):
+                        if count < most:
+                            chosen.add(unit)
+                            count += row[unit]
     return np.array(sorted(chosen), dtype=np.int64)
+
+
+def _left(row: Mapping[int, int], chosen: Set[int]) -> int:
+    return sum(times for unit, times in row.items() if unit in chosen)
 
 
 def components(arrays: Iterable[IntArray], count: int) -> IntArray:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from mscompile.operators import DIALECT, IntArray, Signature
 from mscompile.passes.readers import add_parameter, array_of, owned
 from mscompile.scm import Scm, Slot, read_scm
-from mscompile.units import along, even, width
+from mscompile.units import alive, even, width
 
 
 @dataclass(frozen=True)
@@ -174,23 +174,20 @@ def _follow_sizes(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
             operand, axis = size.port
             value = node.inputs[operand] if operand >= 0 else node.outputs[~operand]
             labels = {} if value is None else scm.labels.get(value.name or "", {})
-            units = along(labels, axis)
-            if units is None or not any(np.isin(u, dead).any() for axes, u in labels.items() if axis in axes):
+            left = alive(labels, axis, dead)
+            if left is None or not any(np.isin(u, dead).any() for axes, u in labels.items() if axis in axes):
                 continue
             if size.holder not in held:
                 held[size.holder] = _numbers(node, size.holder)
-            numbers, alive = held[size.holder], ~np.isin(units, dead)
+            numbers = held[size.holder]
             if size.meaning == "width":
-                left = width(labels, axis, dead)
-                assert left is not None
-                numbers[size.position if size.position is not None else ...] = left // size.share
+                numbers[size.position if size.position is not None else ...] = left.sum() // size.share
             elif size.meaning == "bound":
-                first, _, _ = slice(int(numbers[size.position]), None).indices(len(units))
-                numbers[size.position] = int(alive[:first].sum())
+                first, _, _ = slice(int(numbers[size.position]), None).indices(len(left))
+                numbers[size.position] = left[:first].sum()
             else:
-                places = np.cumsum(alive) - 1
-                numbers = numbers % len(units)
-                held[size.holder] = places[numbers[alive[numbers]]]
+                numbers = numbers % len(left)
+                held[size.holder] = (np.cumsum(left) - 1)[numbers[left[numbers]]]
         for holder, numbers in held.items():
             if isinstance(holder, int):
                 owned(graph, node, holder, numbers)

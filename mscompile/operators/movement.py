@@ -59,7 +59,9 @@ def reshape(node: NodeView) -> Signature | str:
     if isinstance(base, str):
         return base
     entries = target.ravel().astype(np.int64).tolist()
-    return replace(base, sizes=tuple(Size(1, axis, (OUT, axis)) for axis, entry in enumerate(entries) if entry > 0))
+    # 0 stands for the size of the input's axis of that number, whichever axis the units come from.
+    said = [a for a, entry in enumerate(entries) if entry > 0 or (entry == 0 and ((0, a), (OUT, a)) not in base.links)]
+    return replace(base, sizes=tuple(Size(1, axis, (OUT, axis)) for axis in said))
 
 
 def expand(node: NodeView) -> Signature | str:

@@ -41,21 +41,16 @@ def split(node: NodeView) -> Signature | str:
     outs = range(len(parts))
     links = tuple(((0, a), *((~i, a) for i in outs)) for a in range(len(shape)) if a != along)
     sizes = [part[along] if part is not None else None for part in parts]
-    explicit = node.value(1) is not None or node.attribute("split", None) is not None
-    if (
-        not explicit
-        or (node.value(1) is not None and node.constant(1) is None)
-        or not all(isinstance(n, int) for n in sizes)
-    ):
+    if (node.value(1) is not None and node.constant(1) is None) or not all(isinstance(n, int) for n in sizes):
         return Signature(links, mixes="parts them in a way that is not spelled out")
     ends = np.cumsum([0, *sizes]).tolist()
+    moves = tuple(Move((0, along), (~i, along), np.arange(ends[i], ends[i + 1], dtype=np.int64)) for i in outs)
     holder: int | str = 1 if node.value(1) is not None else "split"
-    return Signature(
-        links,
-        tuple(Move((0, along), (~i, along), np.arange(ends[i], ends[i + 1], dtype=np.int64)) for i in outs),
-        sizes=tuple(Size(holder, i, (~i, along)) for i in outs),
-        copies=True,
-    )
+    if holder == 1 or node.attribute("split", None) is not None:
+        return Signature(links, moves, sizes=tuple(Size(holder, i, (~i, along)) for i in outs), copies=True)
+    if len(set(sizes)) > 1:
+        return Signature(links, mixes="parts them unevenly, in a way that is not spelled out")
+    return Signature(links, moves, even=(((0, along), len(parts)),), copies=True)
 
 
 def slices(node: NodeView) -> Signature | str:
@@ -130,9 +125,16 @@ def pad(node: NodeView) -> Signature | str:
             return "computes its padding"
         pads = given.tolist()
     axes = list(range(rank)) if over is None else [int(a) % rank for a in over.tolist()]
-    padded = {a for a, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True) if low or high}
-    links = tuple(((0, a), (OUT, a)) for a in range(rank) if a not in padded)
-    return Signature(links, steady=node.attribute("mode", "constant") != "constant" or not padded, mixes="pads this axis")
+    ends = {a: (low, high) for a, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True) if low or high}
+    links = tuple(((0, a), (OUT, a)) for a in range(rank) if a not in ends)
+    constant = node.attribute("mode", "constant") == "constant"
+    moves = []
+    for axis, (low, high) in ends.items():
+        size = node.shape(0)[axis]  # type: ignore[index]
+        if constant and isinstance(size, int) and min(low, high) >= 0:
+            every = np.arange(size, dtype=np.int64)
+            moves.append(Move((0, axis), (OUT, axis), every, low + every))
+    return Signature(links, tuple(moves), steady=not constant or not ends, mixes="pads this axis")
 
 
 def resize(node: NodeView) -> Signature | str:
