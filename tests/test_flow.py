@@ -213,7 +213,7 @@ def cut(case: Case) -> frozenset[str]:
     return frozenset(step.alignment)
 
 
-FEWEST = 1333
+FEWEST = 1405
 """Cases in which channels pass, of the examples as they are: what keeps declarations from saying less than they did."""
 
 
