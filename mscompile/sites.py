@@ -263,20 +263,16 @@ class _Trace:
         passes = through if through is not None else lambda _: False
         while (node := value.producer()) is not None:
             signature = self.walk.signatures[node]
-            if (
-                not isinstance(signature, Signature)
-                or not (signature.moving or passes(node))
-                or not self._only_read(value, passes)
-            ):
+            if not isinstance(signature, Signature) or not (signature.moving or signature.copies or passes(node)):
+                break
+            if not self._only_read(value, passes):
                 break
             labelled = [v for v in node.inputs if v is not None and self.walk.labels.get(v)]
             carrying = [(v, a, u) for v in labelled for a, u in self.walk.labels[v].items() if np.isin(units, u).all()]
             if len(carrying) != 1:
                 break
             ((value, axes, above),) = carrying
-            if len(np.unique(above)) < above.size:
-                break
-            if len(axes) == 1:
+            if len(axes) == 1 and len(np.unique(above)) == above.size and np.isin(above, units).all():
                 found = value, axes[0], above, node
         return found
 
@@ -290,7 +286,7 @@ class _Trace:
                 continue
             if any(meeting.node is node for meeting in self.walk.meetings):
                 continue
-            moving = isinstance(found, Signature) and (found.moving or passes(node))
+            moving = isinstance(found, Signature) and (found.moving or found.copies or passes(node))
             if not (moving and all(self._only_read(out, passes) for out in node.outputs)):
                 return False
         return True

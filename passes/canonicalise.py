@@ -7,6 +7,7 @@ their sizes; unused nodes and initializers are dropped; nodes are sorted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from onnx_ir.passes import common
 
 from mscompile.files import LISTED
 from mscompile.operators import Shape, is_parameter
-from mscompile.passes.readers import add_parameter, array_of
+from mscompile.passes.movement import ShortenMovement
+from mscompile.passes.readers import add_parameter, array_of, name_outputs
 from mscompile.passes.shapes import FoldShapes
 from mscompile.runtime import Arrays, Session
 from mscompile.scm import captured, infer_shapes
@@ -181,7 +183,7 @@ def _part(model: ir.Model, node: ir.Node, shapes: Mapping[str, Shape]) -> bool:
         value, perm = use.node.outputs[0], list(use.node.attributes["perm"].as_ints())
     axis = perm.index(rank - 1)
     picks = [_picked(user.node, axis, count, len(perm)) for user in value.uses()]
-    if value.is_graph_output() or not picks or any(pick is None for pick in picks):
+    if value.is_graph_output() or not all(picks) or not picks:
         return False
     graph, tape = model.graph, ir.tape.Tape()
     sizes = np.full(count, size // count, dtype=np.int64)
@@ -196,42 +198,51 @@ def _part(model: ir.Model, node: ir.Node, shapes: Mapping[str, Shape]) -> bool:
         parts = tape.op_multi_out("Split", [source], {"axis": rank - 1, "split": sizes.tolist()}, num_outputs=count)
     heads = add_parameter(graph, f"{node.outputs[0].name}.heads", np.array(entries[: rank - 1] + entries[rank:]))
     order = [p - (p > rank - 1) for p in perm if p != rank - 1]
-    for pick in picks:
-        assert pick is not None
-        index, old = pick
+    replaced: list[tuple[ir.Value, ir.Value]] = []
+    for index, old in itertools.chain.from_iterable(picks):
         new = tape.op("Reshape", [parts[index], heads])
         if order != sorted(order):
             new = tape.op("Transpose", [new], {"perm": order})
-        name, old.name = old.name, None
         new.shape, new.type = old.shape, old.type
+        replaced.append((old, new))
+    name_outputs(graph, tape.nodes, node.outputs[0].name or "heads")
+    graph.insert_before(node, tape.nodes)
+    for old, new in replaced:
+        name, old.name = old.name, None
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         new.name = name
-    graph.insert_before(node, tape.nodes)
-    for step, part in enumerate(parts):
-        part.name = f"{node.outputs[0].name}.part.{step}"
     return True
 
 
-def _picked(node: ir.Node, axis: int, count: int, rank: int) -> tuple[int, ir.Value] | None:
-    """Which index of an axis a node takes, the axis then gone, and the value it gives."""
+def _picked(node: ir.Node, axis: int, count: int, rank: int) -> list[tuple[int, ir.Value]]:
+    """Indices of an axis that a node takes, the axis then gone, and the values it gives; none if it does anything else."""
+    if node.op_type == "Split" and node.attributes.get("axis", ir.AttrInt64("axis", 0)).as_int() % rank == axis:
+        squeezed = [_squeezed(value, axis, rank) for value in node.outputs]
+        whole = len(squeezed) == count and all(value is not None for value in squeezed)
+        return [(index, value) for index, value in enumerate(squeezed) if value is not None] if whole else []
     if node.op_type == "Gather" and node.inputs[1] is not None and is_parameter(node.inputs[1]):
         index = array_of(node.inputs[1])
         along = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        return (int(index) % count, node.outputs[0]) if index.ndim == 0 and along % rank == axis else None
+        return [(int(index) % count, node.outputs[0])] if index.ndim == 0 and along % rank == axis else []
     if node.op_type != "Slice" or len(node.inputs) < 4 or not all(v is None or is_parameter(v) for v in node.inputs[1:]):
-        return None
+        return []
     start, end, axes, *step = (array_of(v).tolist() for v in node.inputs[1:])
-    uses = list(node.outputs[0].uses())
-    squeezed = len(uses) == 1 and uses[0].node.op_type == "Squeeze" and not node.outputs[0].is_graph_output()
-    if [a % rank for a in axes] != [axis] or step not in ([], [[1]]) or not squeezed:
+    if [a % rank for a in axes] != [axis] or step not in ([], [[1]]):
+        return []
+    taken, left = list(range(count))[start[0] : end[0]], _squeezed(node.outputs[0], axis, rank)
+    return [(taken[0], left)] if len(taken) == 1 and left is not None else []
+
+
+def _squeezed(value: ir.Value, axis: int, rank: int) -> ir.Value | None:
+    """What becomes of a value whose axis of size 1 is taken away; None if anything else happens to it."""
+    uses = list(value.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Squeeze" or value.is_graph_output():
         return None
-    taken = list(range(count))[start[0] : end[0]]
     squeeze = uses[0].node
     given = squeeze.attributes["axes"].as_ints() if "axes" in squeeze.attributes else None
     if given is None and len(squeeze.inputs) > 1 and squeeze.inputs[1] is not None and is_parameter(squeeze.inputs[1]):
         given = array_of(squeeze.inputs[1]).tolist()
-    fits = len(taken) == 1 and given is not None and [a % rank for a in given] == [axis]
-    return (taken[0], squeeze.outputs[0]) if fits else None
+    return squeeze.outputs[0] if given is not None and [a % rank for a in given] == [axis] else None
 
 
 PARTS = 8
@@ -264,9 +275,12 @@ CANONICALISE = ir.passes.Sequential(
     common.TopologicalSortPass(),
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     RemoveIdentities(),
+    FoldParameters(),
     FoldShapes(),
     FoldParameters(),
     SpellOutSplits(),
+    ShortenMovement(),
     PartBeforeHeads(),
+    ShortenMovement(),
     common.RemoveUnusedNodesPass(),
 )

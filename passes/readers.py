@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -26,6 +28,14 @@ def add_parameter(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataT
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def name_outputs(graph: ir.Graph, nodes: Sequence[ir.Node], prefix: str) -> None:
+    """Name the outputs of new nodes; onnx-ir would number them, and exporters number theirs alike."""
+    for place, node in enumerate(nodes):
+        for value in node.outputs:
+            number = f"{place}.{value.index()}" if len(node.outputs) > 1 else f"{place}"
+            value.name = free_name(graph, f"{prefix}.{node.op_type.lower()}.{number}")
 
 
 def array_of(value: ir.Value | None) -> np.ndarray:

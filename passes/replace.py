@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mscompile.operators import DIALECT
-from mscompile.passes.readers import add_parameter, array_of, rewrite_reader
+from mscompile.passes.readers import add_parameter, array_of, name_outputs, rewrite_reader
 from mscompile.plan import Plan, SitePlan, WindowPlan
 from mscompile.scm import Reader, Scm, Site, read_scm
 from mscompile.windows import window_name
@@ -174,8 +174,9 @@ class LowerReplacements(ir.passes.InPlacePass):
         joined = tape.op("Concat", [kept, shifted], {"axis": -1})
         places = np.argsort(np.concatenate([replacement.kept, replacement.replaced]))
         ordered = tape.op("Gather", [joined, stored("places", places)], {"axis": -1})
-        target.name, name = None, target.name
         lowered = tape.op("Transpose", [ordered], {"perm": back})
+        name_outputs(graph, tape.nodes, f"{target.name}.lowered")
+        target.name, name = None, target.name
         graph.insert_after(node, tape.nodes)
         target.replace_all_uses_with(lowered)
         graph.remove(node, safe=True)
@@ -189,8 +190,9 @@ def _lower_carry(graph: ir.Graph, node: ir.Node) -> None:
     tape = ir.tape.Tape()
     first = tape.op("Gather", [source, add_parameter(graph, f"{target.name}.first", np.zeros(1, np.int64))], {"axis": axis})
     ones = tape.op("Pow", [first, add_parameter(graph, f"{target.name}.nought", np.zeros((), dtype.numpy()), dtype)])
-    target.name, name = None, target.name
     stacked = tape.op("Concat", [source, ones], {"axis": axis})
+    name_outputs(graph, tape.nodes, f"{target.name}.lowered")
+    target.name, name = None, target.name
     graph.insert_after(node, tape.nodes)
     target.replace_all_uses_with(stacked)
     graph.remove(node, safe=True)

@@ -46,23 +46,30 @@ class FoldShapes(ir.passes.InPlacePass):
         graph = model.graph
         if not any(node.op_type in ("Shape", "Size") and node.domain in STANDARD for node in graph):
             return ir.passes.PassResult(model, False)
-        shapes, known, modified = infer_shapes(model), dict[ir.Value, Known](), False
-        for node in list(graph):
-            rule = RULES.get(node.op_type) if node.domain in STANDARD else None
-            found = None if rule is None else rule(node, [_known(v, known) for v in node.inputs], shapes)
-            if found is None or len(found.entries) > LARGEST:
-                modified |= _spell_out(graph, node, known, shapes)
-                continue
-            array, output = found.array(), node.outputs[0]
-            known[output] = found
-            if array is not None and not output.is_graph_output():
-                kind = output.dtype or ir.DataType.INT64
-                output.replace_all_uses_with(
-                    stored := add_parameter(graph, f"{output.name}.value", array.astype(kind.numpy()))
-                )
-                known[stored] = found
-                modified = True
+        modified = False
+        while _fold(graph, infer_shapes(model)):  # what is known now may tell more
+            modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _fold(graph: ir.Graph, shapes: Mapping[str, Shape]) -> bool:
+    known, modified = dict[ir.Value, Known](), False
+    for node in list(graph):
+        rule = RULES.get(node.op_type) if node.domain in STANDARD else None
+        found = None if rule is None else rule(node, [_known(v, known) for v in node.inputs], shapes)
+        if found is None or len(found.entries) > LARGEST:
+            modified |= _spell_out(graph, node, known, shapes)
+            continue
+        array, output = found.array(), node.outputs[0]
+        known[output] = found
+        if array is not None and output.uses():
+            kind = output.dtype or ir.DataType.INT64
+            stored = add_parameter(graph, f"{output.name}.value", array.astype(kind.numpy()))
+            for use, operand in list(output.uses()):
+                use.replace_input_with(operand, stored)
+            known[stored] = found
+            modified = True
+    return modified
 
 
 def _known(value: ir.Value | None, known: Mapping[ir.Value, Known]) -> Known | None:
@@ -87,7 +94,7 @@ def _spell_out(graph: ir.Graph, node: ir.Node, known: Mapping[ir.Value, Known], 
     if found is None or shape is None or found.scalar:
         return False
     if node.op_type == "Reshape":
-        entries = _reshape_target(found.entries, shape, zero="allowzero" not in node.attributes)
+        entries = _reshape_target(found.entries, shape, zero=not _attribute(node, "allowzero", 0))
     else:
         entries = _expand_target(found.entries, shape)
     if entries is None:
@@ -254,6 +261,46 @@ def _arithmetic(compute: Callable[[int, int], int | None]) -> Rule:
     return rule
 
 
+def _filled(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
+    del shapes
+    shape, value = given[0], node.attributes.get("value")
+    length = None if shape is None or shape.scalar or len(shape.entries) != 1 else shape.entries[0]
+    if not isinstance(length, int) or length > LARGEST or value is None:
+        return None
+    filling = value.as_tensor().numpy()
+    return Known((int(filling.ravel()[0]),) * length) if filling.dtype.kind in "iu" else None
+
+
+def _equal(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
+    """1 and 0 for true and false; a size is never negative."""
+    del node, shapes
+    left, right = given
+    if left is None or right is None or len(left.entries) != len(right.entries):
+        return None
+    entries: list[Dim] = []
+    for a, b in zip(left.entries, right.entries, strict=True):
+        if isinstance(a, int) and isinstance(b, int):
+            entries.append(int(a == b))
+        elif isinstance(a, str) and isinstance(b, str) and a == b:
+            entries.append(1)
+        else:
+            negative = any(isinstance(n, int) and n < 0 for n in (a, b)) and any(isinstance(n, str) for n in (a, b))
+            entries.append(0 if negative else None)
+    return Known(tuple(entries), left.scalar)
+
+
+def _where(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
+    del node, shapes
+    condition, yes, no = given
+    if condition is None or yes is None or no is None or not len(condition.entries) == len(yes.entries) == len(no.entries):
+        return None
+    entries = [
+        (a if c else b) if isinstance(c, int) else None
+        for c, a, b in zip(condition.entries, yes.entries, no.entries, strict=True)
+    ]
+    return Known(tuple(entries), yes.scalar)
+
+
 RULES: Mapping[str, Rule] = {
     "Shape": _shape,
     "Size": _size,
@@ -265,6 +312,9 @@ RULES: Mapping[str, Rule] = {
     "Unsqueeze": _to_vector,
     "Squeeze": _to_scalar,
     "Reshape": _reshape,
+    "ConstantOfShape": _filled,
+    "Equal": _equal,
+    "Where": _where,
     "Add": _arithmetic(lambda a, b: a + b),
     "Sub": _arithmetic(lambda a, b: a - b),
     "Mul": _arithmetic(lambda a, b: a * b),

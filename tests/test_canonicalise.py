@@ -170,7 +170,7 @@ WRITTEN_ANYHOW = {
             vv = Squeeze(part, a0)
             v = Transpose<perm = [0,1,3,2]>(vv)
         }""",
-        ["Split", "Reshape", "Transpose", "Reshape", "Transpose", "Reshape", "Transpose", "Transpose"],
+        ["Split", "Reshape", "Transpose", "Reshape", "Transpose", "Reshape", "Transpose"],
     ),
     "packed heads that something else looks at": (
         """(float[N,5,24] x) => (float[N,5,2,4] q, float[3,N,5,2,4] all) {

@@ -78,7 +78,7 @@ def expand(node: NodeView) -> Signature | str:
                 sizes.append(Size(1, entry, (OUT, axis)))
             elif given is None and isinstance(dim, int):
                 return "computes the shape it expands to"
-    return Signature(tuple(links), sizes=tuple(sizes), mixes="repeats this axis")
+    return Signature(tuple(links), sizes=tuple(sizes), copies=True, mixes="repeats this axis")
 
 
 def tile(node: NodeView) -> Signature | str:
@@ -93,7 +93,7 @@ def tile(node: NodeView) -> Signature | str:
             links.append(((0, axis), (OUT, axis)))
         elif isinstance(dim, int):
             moves.append(Move((0, axis), (OUT, axis), np.tile(np.arange(dim, dtype=np.int64), count)))
-    return Signature(tuple(links), tuple(moves), mixes="repeats this axis")
+    return Signature(tuple(links), tuple(moves), copies=True, mixes="repeats this axis")
 
 
 def depth_to_space(node: NodeView) -> Signature | str:
