@@ -70,11 +70,12 @@ def _shorten(graph: ir.Graph, chain: Sequence[ir.Node], shapes: Mapping[str, Sha
     if source is None or start is None or len(chain) < 3:
         return False
     axes = [Factor(dim) for dim in start]
-    layout: list[list[Factor]] | None = [[axis] for axis in axes]
+    layout = [[axis] for axis in axes]
     for node in chain:
-        layout = _moved(node, layout, shapes)
-        if layout is None:
+        moved = _moved(node, layout, shapes)
+        if moved is None:
             return False
+        layout = moved
     leaves = [leaf for axis in axes for leaf in axis.leaves()]
     wanted = [leaf for axis in layout for factor in axis for leaf in factor.leaves()]
     # Factors of size 1 come and go, and stand nowhere.
@@ -125,10 +126,10 @@ def _stated(sizes: Sequence[Dim], source: Shape) -> list[int] | None:
     return None if target.count(-1) > 1 else target
 
 
-def _moved(node: ir.Node, layout: list[list[Factor]] | None, shapes: Mapping[str, Shape]) -> list[list[Factor]] | None:
+def _moved(node: ir.Node, layout: list[list[Factor]], shapes: Mapping[str, Shape]) -> list[list[Factor]] | None:
     """The layout behind one node."""
     target = shapes.get(node.outputs[0].name or "")
-    if target is None or layout is None:
+    if target is None:
         return None
     if node.op_type == "Transpose":
         rank = len(layout)
