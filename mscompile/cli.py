@@ -221,6 +221,7 @@ def _report_lines(report: Report, width: int, *, timings: bool) -> Iterator[str]
     if report.fidelity is not None:
         yield from _fidelity_lines(report, width)
         yield ""
+    yield from _frontier_lines(report, width)
     if report.fold_error is not None:
         yield from sentence(f"largest rounding error of the rewrite: {report.fold_error:.1e} of the outputs' spread", width)
     if report.compiled is not None:
@@ -275,6 +276,28 @@ def _size_lines(report: Report, width: int) -> Iterator[str]:
         if a is not None and b is not None:
             rows.append((name, format(a, form), format(b, form), f"{b / a:.1%}" if a else ""))
     yield from table(("size", "dense", "compiled", "share"), rows, width)
+
+
+SHOWN = (0.9, 0.75, 0.5, 0.35, 0.25, 0.15)
+"""Sizes of the frontier that are printed; the report file lists all."""
+
+
+def _frontier_lines(report: Report, width: int) -> Iterator[str]:
+    """What other sizes would give, and whether the goal was reached."""
+    if report.candidates:
+        sizes = [entry.size for entry in report.candidates]
+        near = sorted({min(range(len(sizes)), key=lambda i: abs(sizes[i] - size)) for size in SHOWN})
+        rows = [
+            (f"{e.size:.1%}", f"{e.params:.1%}", f"{e.macs:.1%}", f"{e.latency:.1%}", f"{e.iia:.4f}", f"{e.agreement:.4f}")
+            for e in (report.candidates[i] for i in near)
+        ]
+        yield from table(("frontier", "parameters", "MACs", "time", "IIA", "agreement"), rows, width)
+        note = f"{len(sizes)} candidates before re-calibration, on {report.candidates[0].trials:,} trials; time as foretold"
+        yield from sentence(note, width)
+        yield ""
+    goal = report.goal_reached
+    if goal is not None and goal.asked is not None and goal.reached is not None:
+        yield from sentence(f"goal: {goal.kind} {goal.asked:g} asked, {goal.reached:.4g} reached", width)
 
 
 def _fidelity_lines(report: Report, width: int) -> Iterator[str]:

@@ -38,6 +38,8 @@ FEWEST = 16
 """Samples below which nothing is fitted or certified."""
 OLDEST_INTERVENTION = 9
 """Opset of the operator Where."""
+PLAIN = 1 / 3
+"""Share of the candidates that reach a fidelity, the largest of them, that are tested without re-calibrating them first."""
 MISSES = 2
 """Candidates in a row that fall short of a fidelity before the search stops."""
 ATTEMPTS = 6
@@ -224,43 +226,37 @@ class Search:
     def _smallest(self, goal: float) -> Result:
         """The smallest candidate of the frontier whose fidelity is certified.
 
-        Candidates are measured on the `choose` part; from the smallest one that reaches the goal there on, they are
-        re-calibrated and measured again until two in a row fall short. Those that did not are then tested on the
-        `certify` part from large to small, each at the full δ, up to the first that fails. A wrong certificate needs the
-        first untrue claim in that order, which was fixed before that part was seen, to pass: its probability stays below δ
-        however many are tested (fixed-sequence testing; Maurer, Hothorn and Lehmacher 1995).
+        Candidates that reach the goal on the `choose` part are tested on the `certify` part from large to small, each at the
+        full δ, up to the first that fails; the first `PLAIN` of them as fitted, the others re-calibrated, as long as no two
+        in a row fall short on `choose` then. A wrong certificate needs the first untrue claim in that order, which `choose`
+        alone determines, to pass: its probability stays below δ however many are tested (fixed-sequence testing; Maurer,
+        Hothorn and Lehmacher 1995).
         """
         workshop, options, frontier = self.workshop, self.options, self.frontier
         tried = frontier.tried()
-        good = [i for i, entry in enumerate(tried) if entry.point.iia >= goal]
-        first = good[-1] if good else 0
-        built: list[Candidate] = []
-        best, misses = max((entry.point.iia for entry in tried), default=0.0), 0
-        for entry in tried[first:]:
-            candidate = workshop.make(entry.counts, recalibrated=options.recalibrate)
-            found = workshop.measure(candidate, "choose").iia
-            best = max(best, found)
-            misses = misses + 1 if found < goal else 0
-            if not misses:
-                built.append(candidate)
-            if misses == MISSES or (misses and not options.recalibrate):
-                break
-        attempts, bound = 0, 0.0
+        good = [entry for entry in tried if entry.point.iia >= goal]
+        plain = good[: int(PLAIN * len(good))] if options.recalibrate else good
+        best = max((entry.point.iia for entry in tried), default=0.0)
+        attempts, misses, bound = 0, 0, 1.0
         last: Candidate | Tried | None = None
-        for entry in [tried[i] for i in good if i < first]:
+        for entry in plain:
             attempts += 1
             point = frontier.measure(entry.counts, "certify")
             bound = 1.0 - risk_bound(point.disagreements, point.trials, options.delta)
             if bound < goal:
                 break
             last = entry
-        else:
-            for candidate in built:
+        for entry in tried[tried.index(plain[-1]) + 1 if plain else 0 :]:
+            if bound < goal or misses == MISSES or not options.recalibrate:
+                break
+            candidate = workshop.make(entry.counts, recalibrated=True)
+            found = workshop.measure(candidate, "choose").iia
+            best = max(best, found)
+            misses = misses + 1 if found < goal else 0
+            if not misses:
                 attempts += 1
                 bound = workshop.measure(candidate, "certify").iia_lower
-                if bound < goal:
-                    break
-                last = candidate
+                last = candidate if bound >= goal else last
         if last is None:
             raise GoalError(
                 f"no candidate is certified to reach an IIA of {goal:g}",
