@@ -86,7 +86,7 @@ def audit(
         if case is not None:
             folder = None if output is None else output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
             found = case.report if folder is None else counterexample.write(case, setup, folder)
-    verdict, because = _judge(claims, setup.checks, audited.report)
+    verdict, because = judge(claims, setup.checks, audited.report)
     return AuditReport(
         versions={
             "mscompile": __version__,
@@ -119,7 +119,7 @@ def audit(
     ).sealed()
 
 
-def _judge(claims: Sequence[Claim], checks: Sequence[Check], data: AuditedData) -> tuple[Verdict, str]:
+def judge(claims: Sequence[Claim], checks: Sequence[Check], data: AuditedData) -> tuple[Verdict, str]:
     """The verdict over all claims, and what it rests on."""
     for check in checks:
         if check.name == "fold" and check.passed is False:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mscompile.audit import judge
 from mscompile.audit_inputs import AuditModel, open_model
 from mscompile.audit_report import AuditReport, Claim
 from mscompile.audit_setup import AuditOptions, prepare
@@ -84,6 +85,12 @@ def replay(
         )
         found += [tested.claim for tested in decide_claims(setup, one, progress)]
     differences = [text for old, new in zip(report.claims, found, strict=True) for text in _differences(old, new)]
+    # The plan may not be at hand here: then its check stands as it was recorded.
+    made = {check.name for check in setup.checks}
+    checks = [*setup.checks, *(check for check in report.checks if check.name not in made)]
+    verdict, because = judge(found, checks, report.data)
+    if verdict != report.verdict:
+        differences.append(f"the verdict was {report.verdict}, is {verdict}: {because}")
     return Replay(report, tuple(found), tuple(differences))
 
 

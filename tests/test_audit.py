@@ -375,6 +375,8 @@ def test_a_forged_certificate_is_detected(certificate: Path) -> None:
         claims = [report.claims[0].model_copy(update=update), *report.claims[1:]]
         certificate.write_text(report.model_copy(update={"claims": claims}).sealed().to_json())
         assert replay(certificate).differences, update
+    certificate.write_text(report.model_copy(update={"verdict": "undecided"}).sealed().to_json())
+    assert replay(certificate).differences == (f"the verdict was undecided, is {report.verdict}: {report.because}",)
 
 
 def test_other_files_can_be_given(certificate: Path, tmp_path: Path) -> None:
