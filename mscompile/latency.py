@@ -26,9 +26,10 @@ from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.files import staged
 from mscompile.operators import NodeView, Signature, declared, is_parameter, signature
 from mscompile.runtime import Session
+from mscompile.sizes import quickest
 
 POINT_SECONDS = 0.02
-"""Time spent on one operator at one width, at least; of that the median run counts."""
+"""Time spent on one operator at one width, at least."""
 POINT_RUNS = 5
 """Fewest runs of it."""
 LEVELS = (1.0, 0.75, 0.5, 0.25)
@@ -126,7 +127,7 @@ def _attributes(view: NodeView) -> Mapping[str, ir.Attr]:
 
 
 def _measure(view: NodeView) -> float:
-    """Median milliseconds of a model of this node alone, its weights and inputs random."""
+    """Milliseconds of a model of this node alone, its weights and inputs random."""
     rng = np.random.default_rng(0)
     inputs, stored, feed = [], [], {}
     for number, value in enumerate(view.node.inputs):
@@ -154,7 +155,7 @@ def _measure(view: NodeView) -> float:
         start = time.perf_counter()
         session.run(feed)
         times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times))
+    return quickest(times)
 
 
 @dataclass
