@@ -488,7 +488,9 @@ class _Step:
         self.walk.sets.unite(one, other)
         if not all((a,) in self.heads(o) for o, _, axes, _ in said for a in axes[:-1]):
             self.keep_rows([(one.reshape(-1, shape[-1]), 0)], "contracts two computed tensors")
-        self.walk.meetings.append(Meeting(self.node, self.found, (one, other), (said[0][1], said[1][1]), shape[-1]))
+        heads = next((count for port, count in self.found.even if port == live[0]), 1)
+        contracted = said[0][1], said[1][1]
+        self.walk.meetings.append(Meeting(self.node, self.found, (one, other), contracted, shape[-1] // heads))
         return True
 
     def constrain(self) -> None:

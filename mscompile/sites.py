@@ -302,7 +302,8 @@ class _Trace:
                 for link in meeting.signature.links
                 if any(o == key for o, _ in link) and any(o == OUT for o, _ in link) and all(o != 1 - key for o, _ in link)
             ]
-            if not any(self._levelled(meeting.node.outputs[0], axis) for _, axis in free):
+            levelled = any(self._levelled(meeting.node.outputs[0], axis) for _, axis in free)
+            if not (meeting.signature.keys == key or levelled):
                 continue
             slots = self._linear_slots(meeting, 1 - key)
             if slots is None:

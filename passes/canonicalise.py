@@ -148,6 +148,28 @@ class SpellOutSplits(ir.passes.InPlacePass):
 
 
 @dataclass(frozen=True)
+class StateScales(ir.passes.InPlacePass):
+    """Attention says by what it scales its scores, so that this stays when their width changes."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass."""
+        nodes = [
+            n
+            for n in model.graph
+            if n.op_type == "Attention" and n.domain in ("", "ai.onnx") and "scale" not in n.attributes
+        ]
+        shapes = infer_shapes(model) if nodes else {}
+        modified = False
+        for node in nodes:
+            query = shapes.get(node.inputs[0].name or "", ()) if node.inputs[0] is not None else ()
+            heads = node.attributes["q_num_heads"].as_int() if len(query) == 3 and "q_num_heads" in node.attributes else 1
+            if query and isinstance(query[-1], int):
+                node.attributes.add(ir.AttrFloat32("scale", (query[-1] // heads) ** -0.5))
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+@dataclass(frozen=True)
 class PartBeforeHeads(ir.passes.InPlacePass):
     """A packed projection of queries, keys and values is parted before its heads are split.
 
@@ -279,6 +301,7 @@ CANONICALISE = ir.passes.Sequential(
     FoldShapes(),
     FoldParameters(),
     SpellOutSplits(),
+    StateScales(),
     ShortenMovement(),
     PartBeforeHeads(),
     ShortenMovement(),

@@ -238,6 +238,36 @@ def test_every_architecture_exports_what_it_computes(name: str, tmp_path: Path):
             np.testing.assert_allclose(got, expected[:batch], atol=1e-4)
 
 
+SCALARS = {"vit": 1}
+"""Numbers that the exporter writes into the file: the scale of the attention scores, shared by all blocks."""
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["mlp", "resnet", "vit"])
+def test_sizes_agree_with_a_count_by_torch(name: str, tmp_path: Path):
+    """Multiply-accumulates and parameters of the file against torch's own counter of floating-point operations."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mscompile.dense import open_dense
+    from mscompile.models.architectures import ARCHITECTURES
+    from mscompile.models.export import export
+    from mscompile.sizes import count_macs, count_parameters
+
+    model, x = ARCHITECTURES[name].build().eval(), np.zeros((3, *SHAPES[name]), np.float32)
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    with torch.no_grad():
+        for tensor in tensors:  # equal ones would be stored once
+            tensor.add_(1e-3 * torch.rand_like(tensor))
+    export(model, x, tmp_path / "model.onnx")
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.from_numpy(x[:1]))
+    dense = open_dense(tmp_path / "model.onnx").model
+    assert 2 * (count_macs(dense, {"x": (1, *SHAPES[name])}) or 0) == counter.get_total_flops()
+    assert count_parameters(dense) == sum(tensor.numel() for tensor in tensors) + SCALARS.get(name, 0)
+
+
 @pytest.mark.torch
 def test_decoder_sees_no_future():
     torch = pytest.importorskip("torch")

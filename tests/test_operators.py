@@ -369,6 +369,14 @@ def _fused() -> Iterator[Example]:
     yield ex("SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), w(4), w(4), epsilon=0.1, **of)
 
 
+def _attentions() -> Iterator[Example]:
+    q, k, v, kind = (2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {"scale": 0.5, "opset": 23}
+    yield ex("Attention", x(*q), x(*k), x(*v), **kind)
+    yield ex("Attention", x(*q), x(*k), x(*v), w(3, 5), **kind)
+    packed = {"q_num_heads": 2, "kv_num_heads": 2, **kind}
+    yield ex("Attention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), **packed)
+
+
 def _movements() -> Iterator[Example]:
     yield ex("Transpose", x(2, 3, 4))
     yield ex("Transpose", x(2, 3, 4, 5), perm=[0, 2, 3, 1])
@@ -482,11 +490,24 @@ EXAMPLES = [
     *_normalisations(),
     *_movements(),
     *_fused(),
+    *_attentions(),
     *_selections(),
     *CAUTIOUS,
 ]
 
 REFUSED = [
+    (
+        ex("Attention", x(2, 2, 3, 4), x(2, 2, 3, 4), x(2, 2, 3, 4), opset=23),
+        "scales its scores by their width, which is not stated",
+    ),
+    (
+        ex("Attention", x(2, 2, 3, 4), x(2, 2, 3, 4), x(2, 2, 3, 4), scale=1.0, is_causal=1, opset=23),
+        "caps its scores, or masks the future by itself",
+    ),
+    (
+        ex("Attention", x(2, 4, 3, 4), x(2, 2, 3, 4), x(2, 2, 3, 4), scale=1.0, opset=23),
+        "has fewer heads for keys than for queries",
+    ),
     (ex("Dropout", x(2, 3), switch(0.5), switch(1, "bool")), "may be in training mode"),
     (ex("Dropout", x(2, 3), switch(0.5), switch(0, "bool", live=True)), "may be in training mode"),
     (ex("BatchNormalization", x(2, 3), w(3), w(3), w(3), w(3, low=0.5), training_mode=1), "is in training mode"),
@@ -770,7 +791,9 @@ def test_a_channel_with_zero_weights_is_not_read(example: Example):
     for link in example.signature.links:
         if output_axis(link) is not None:
             continue
-        each = min(arrays[operand].shape[axis] for operand, axis in link)  # channels of a group, one of which goes from all
+        sizes = {arrays[operand].shape[axis] for operand, axis in link}  # one channel of a group goes from all
+        blocks = next((count for port, count in example.signature.even if port in link), 1)
+        each = min(sizes) if len(sizes) > 1 else min(sizes) // blocks
         for channel in range(each):
             results = []
             at = {operand: np.arange(channel, arrays[operand].shape[axis], each) for operand, axis in link}

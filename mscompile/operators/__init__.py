@@ -33,7 +33,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mscompile.operators import elementwise, microsoft, movement, neighbours, positions, products, selection
+from mscompile.operators import attention, elementwise, microsoft, movement, neighbours, positions, products, selection
 from mscompile.operators.axes import (
     DIALECT,
     OUT,
@@ -77,7 +77,7 @@ __all__ = [
     "signature",
 ]
 
-_FAMILIES = (elementwise, products, positions, movement, selection, microsoft, neighbours)
+_FAMILIES = (elementwise, products, positions, movement, selection, attention, microsoft, neighbours)
 OPERATORS: Mapping[tuple[str, str], Operator] = {(row.domain, row.name): row for module in _FAMILIES for row in module.ROWS}
 
 

@@ -134,6 +134,8 @@ class Signature:
         The output is the sum, with signs, of the operands.
     scaled
         Operands that the output is proportional to, element by element.
+    keys
+        Operand to whose contracted channel any number may be added without changing the output, as to keys.
     levels
         Axis along which the output does not change when one number is added to all elements of input 0.
     mixes
@@ -154,6 +156,7 @@ class Signature:
     unseen: tuple[Port, ...] = ()
     additive: bool = False
     scaled: tuple[int, ...] = ()
+    keys: int | None = None
     levels: int | None = None
     mixes: str = "mixes this axis"
 
