@@ -69,6 +69,7 @@ def cli() -> None:
                                       with MODEL under interchange (IIA >= 0.95)
     mscompile MODEL.onnx --keep 0.5   half of the channels of every site
     mscompile inspect MODEL.onnx      what can be cut, and why the rest is not
+    mscompile audit DENSE SMALL --data SRC   is SMALL an abstraction of DENSE?
     mscompile compile --help          all options of compiling
 
     The stages alone: calibrate, plan, apply.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mscompile.alignment import infer
 from mscompile.errors import UsageError
@@ -232,8 +232,3 @@ def inferred(dense: onnx.ModelProto, compiled: onnx.ModelProto) -> tuple[list[Si
         f"best unit at least {least.margin:.3f} behind (`{least.dense}`)"
     )
     return claims, (confidence, *reasons)
-
-
-def validation_text(error: ValidationError) -> str:
-    """What is wrong, in one line."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
