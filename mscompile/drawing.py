@@ -19,6 +19,8 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 48
 LEGEND = 20
 """Height of a line of the legend."""
 TYPE = 13
+TRACK = 9
+"""Width of a line that joins bars of a group."""
 GLYPH = 7.2
 """Mean width of a character, of type 13; names are cut to what fits."""
 COLOURS = ("#2f7fc1", "#d1701f", "#1f9a74", "#b3589c", "#8a7d1c", "#7a6fd0")
@@ -108,25 +110,50 @@ def bars(
     description: str,
     full: Sequence[float] | None = None,
     texts: Sequence[str] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> str:
-    """Horizontal bars from 0, one line each, with the value as text; `full` draws what each could be at most behind it."""
+    """Horizontal bars from 0, one line each, with the value as text; `full` draws what each could be at most behind it.
+
+    Bars of one group are joined by a line on the left.
+    """
     whole = list(full) if full is not None else []
     most = max((v for v in (*values, *whole) if math.isfinite(v)), default=0.0) or 1.0
     texts = texts if texts is not None else [_number(value) for value in values]
-    room, row = WIDTH - 12, 40
+    row, tracks = 40, _tracks(groups or ())
+    left = 6 + TRACK * len(tracks)
+    room = WIDTH - 6 - left
     parts = []
+    for number, members in ((n, m) for n, track in enumerate(tracks) for m in track):
+        x, ys = 6 + TRACK * (len(tracks) - 1 - number), [i * row + 25.5 for i in members]
+        parts.append(_line(x, ys[0], x, ys[-1], 'stroke-width="1.5"'))
+        parts += [_line(x, y, left, y, 'stroke-width="1.5"') for y in ys]
     for i, (name, value, text) in enumerate(zip(names, values, texts, strict=True)):
         at = i * row
         label = _cut(name, room - len(text) * GLYPH - 12)
-        parts.append(f'<text x="6" y="{at + 15}">{label}<title>{escape(name)}</title></text>')
+        parts.append(f'<text x="{left}" y="{at + 15}">{label}<title>{escape(name)}</title></text>')
         parts.append(f'<text x="{WIDTH - 6}" y="{at + 15}" text-anchor="end">{escape(text)}</text>')
         back = whole[i] if whole else most
         lengths = ((back, "currentColor", 0.15), (value, COLOURS[0], 1))
         for length, colour, opacity in lengths:
             if math.isfinite(length) and length > 0:
-                size = f'x="6" y="{at + 21}" width="{room * length / most:.1f}" height="9"'
+                size = f'x="{left}" y="{at + 21}" width="{room * length / most:.1f}" height="9"'
                 parts.append(f'<rect {size} rx="2" fill="{colour}" fill-opacity="{opacity}"/>')
     return _document(parts, title, description, row * max(len(names), 1) + 4)
+
+
+def _tracks(groups: Sequence[int]) -> list[list[list[int]]]:
+    """Groups of several bars, side by side: those of one track do not overlap, so that their lines do not meet."""
+    members: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    tracks: list[list[list[int]]] = []
+    for found in sorted((m for m in members.values() if len(m) > 1), key=lambda m: m[-1] - m[0]):
+        free = next((t for t in tracks if all(found[-1] < m[0] or m[-1] < found[0] for m in t)), None)
+        if free is None:
+            tracks.append([found])
+        else:
+            free.append(found)
+    return tracks
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------

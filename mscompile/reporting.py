@@ -179,6 +179,7 @@ def _site_reports(source: DenseModel, result: Result, inspection: Inspection) ->
             SiteReport(
                 name=site.tensor,
                 axis=site.axis,
+                group=site.group,
                 size=site.size,
                 kept=site.size if entry is None else len(entry.kept),
                 width=site.size if left is None else len(left),

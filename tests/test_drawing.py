@@ -101,3 +101,14 @@ def test_ticks_are_round_and_few() -> None:
         numbers = [t for t in shown if t[:1].isdigit()]
         assert 4 <= len(numbers) <= 16
         assert all(len(t) <= 9 for t in numbers), numbers
+
+
+def test_bars_of_one_group_are_joined_by_lines_that_do_not_meet():
+    drawn = bars(
+        ["a", "b", "c", "d"], [1, 2, 3, 4], groups=[0, 1, 0, 1], title="Sites", description="Two pairs that overlap."
+    )
+    lines_of = [line for line in ElementTree.fromstring(drawn).iter() if line.tag.endswith("line")]
+    upright = [line for line in lines_of if line.get("x1") == line.get("x2")]
+    assert len(upright) == 2
+    assert len({line.get("x1") for line in upright}) == 2
+    assert len(lines_of) == 2 + 4

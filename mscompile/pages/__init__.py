@@ -226,16 +226,21 @@ def _compile(report: Report) -> dict[str, Any]:
 
 def _compile_plots(report: Report) -> dict[str, Markup]:
     plots = {}
-    cut = [site for site in report.sites if site.left_alone is None][:SITES]
-    if cut:
+    cut = [site for site in report.sites if site.left_alone is None]
+    drawn = report.sites[:SITES]
+    if drawn:
         plots["kept"] = _drawn(
             bars(
-                [site.name for site in cut],
-                [float(site.width) for site in cut],
-                full=[float(site.size) for site in cut],
-                texts=[f"{site.width} of {site.size}" for site in cut],
-                title="Channels left at each site",
-                description="One bar a site; the pale part was cut.",
+                [site.name for site in drawn],
+                [float(site.width) if site.left_alone is None else 0.0 for site in drawn],
+                full=[float(site.size) for site in drawn],
+                texts=[
+                    f"{site.width} of {site.size}" if site.left_alone is None else f"{site.size}, left alone"
+                    for site in drawn
+                ],
+                groups=[site.group for site in drawn],
+                title="The network's sites in order, and the channels left at each",
+                description="One bar a site; the pale part was cut. Sites joined by a line hold the same units.",
             )
         )
     known = [site for site in cut if site.predicted_risk and site.measured_risk]
