@@ -52,9 +52,10 @@ class DataReport(_Section):
 class SiteReport(_Section):
     """One site: what was kept, or why it was left alone.
 
-    Sites of one `group` hold the same units, which go together. `lossless` counts replaced channels that are, on the calibration data, affine functions of the others to float32
-    rounding. `predicted_risk` and `measured_risk` are half the expected squared error of the same quantity, which `basis`
-    names; measured is None where no prediction of the same quantity exists.
+    Sites of one `group` hold the same units, which go together. `lossless` counts replaced channels that are, on the
+    calibration data, affine functions of the others to float32 rounding. `predicted_risk` and `measured_risk` are half
+    the expected squared error of the same quantity, which `basis` names; measured is None where no prediction of the
+    same quantity exists.
     """
 
     name: str
