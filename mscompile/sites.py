@@ -232,15 +232,19 @@ class _Trace:
     def reader(self, read: Read) -> _Found:
         linear = read.signature.linear
         assert linear is not None
-        value = read.node.inputs[linear.data]
+        value, entry = read.node.inputs[linear.data], read.node
         assert value is not None
-        tensor, axis, units, entry = value, read.data_axis, read.units, read.node
+        if (node := value.producer()) is not None and node.domain == DIALECT and node.op_type == "Carry":
+            value, entry = node.inputs[0], node
+            assert value is not None
+        tensor, axis, units = value, read.data_axis, read.units
         if read.plain:
-            origin = self._origin(value, read.data_axis, read.units, read.node)
-            if linear.groups == 1 or len(origin[2]) == len(units):  # else a channel may be in several groups
+            origin = self._origin(value, axis, units, entry)
+            times = np.bincount(_positions(origin[2], units))
+            if (times == times[0]).all() and (
+                linear.groups == 1 or times[0] == 1
+            ):  # else a channel may be in several groups
                 tensor, axis, units, entry = origin
-        elif (node := value.producer()) is not None and node.domain == DIALECT and node.op_type == "Carry":
-            tensor, entry = node.inputs[0], node  # type: ignore[assignment]
         index = _positions(units, read.units) if tensor is not value else np.arange(len(units), dtype=np.int64)
 
         def settled(root: IntArray) -> Reader:

@@ -26,6 +26,7 @@ from mscompile.passes import CANONICALISE
 from mscompile.plan import Plan, SitePlan, WindowPlan, selectable
 from mscompile.runtime import Session
 from mscompile.scm import Scm, Site, read_scm
+from mscompile.selection import retained_units
 from mscompile.surgery import Patch, replaced
 from mscompile.verify import replacement_of
 from mscompile.windows import window_name, window_of, window_weight
@@ -69,11 +70,14 @@ def canonical(source: onnx.ModelProto) -> ir.Model:
 
 
 def inputs(source: ir.Model, samples: int = 3, seed: int = 0) -> Arrays:
-    """Standard-normal values for each input; axes of unknown size get `samples` channels."""
+    """Standard-normal values for each input, small numbers for integers; axes of unknown size get `samples` channels."""
     rng = np.random.default_rng(seed)
     shapes = {v.name: [d if isinstance(d, int) else samples for d in v.shape] for v in source.graph.inputs}
     kinds = {v.name: v.dtype.numpy() for v in source.graph.inputs}
-    return {name: rng.standard_normal(shape).astype(kinds[name]) for name, shape in shapes.items()}
+    return {
+        name: (rng.integers(0, 2, shape) if kinds[name].kind in "bi" else rng.standard_normal(shape)).astype(kinds[name])
+        for name, shape in shapes.items()
+    }
 
 
 def run(source: ir.Model | onnx.ModelProto, feed: Arrays) -> Arrays:
@@ -90,12 +94,19 @@ def shapes(source: ir.Model) -> dict[str, tuple[int, ...]]:
 
 
 def plan_for(source: ir.Model, kind: str, rng: np.random.Generator, keep: Callable[[int], int]) -> Plan:
-    """Random retained units, `keep(size)` for each group of that size that can be cut, and random replacements."""
+    """Random retained units, `keep(size)` for each group of that size that can be cut, and random replacements.
+
+    A few more are retained where some must stay, or where rows must stay equally large.
+    """
     scm, sites = read_scm(source), []
     for members in selectable(scm).values():
         units = np.unique(np.concatenate([site.units for site in members]))
-        chosen = rng.choice(units, keep(len(units)), replace=False)
+        stay = np.unique(np.concatenate([site.units[~site.free] for site in members]))
+        order = np.concatenate([rng.permutation(np.setdiff1d(units, stay)), stay])
+        chosen = retained_units(order, max(len(stay), keep(len(units))), scm.blocks, scm.frozen, members)
         sites += [site_plan(scm, site, np.isin(site.units, chosen), kind, rng) for site in members]
+    place = {site.tensor: i for i, site in enumerate(scm.sites)}
+    sites.sort(key=lambda entry: place[entry.tensor])
     return Plan(model_sha256="", objective="", replacement=kind, swap=0.0, sites=tuple(sites))
 
 
@@ -112,6 +123,8 @@ def site_plan(scm: Scm, site: Site, stays: np.ndarray, kind: str, rng: np.random
     matrix = None if kind == "constant" else rng.normal(size=(away, len(indices))) / np.sqrt(len(indices))
     if kind == "parents":
         matrix[:, rng.permutation(len(indices))[2:]] = 0.0
+    if matrix is not None and site.rows is not None:  # as in heads, which cannot stand in for each other
+        matrix *= site.rows[~stays][:, None] == site.rows[indices]
     windows = tuple(random_windows(scm, site, indices, rng)) if kind == "windows" else ()
     return SitePlan(
         name=site.tensor,

@@ -1,4 +1,5 @@
-"""The law of channel flow: around every example of the operator table, dead units are cut and nothing changes.
+"""The law of channel flow: around every example of the operator table, dead units are cut and nothing changes; and graphs of
+the kinds that networks are made of compute, once compiled, what the dense ones do under the plan.
 
 A model is built around the node: units begin at a matrix product on one axis of a live operand (and of the operands that
 run in step with it there), or at the node itself, and every output is read by another. The weights that meet a random half
@@ -16,15 +17,19 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from golden import canonical, inputs, run
+from golden import KINDS, canonical, inputs, model, plan_for, run
+from graphs import GRAPHS
 from onnx import helper, numpy_helper
 from test_operators import EXAMPLES, MICROSOFT, ROUNDING, Example, outputs_of
 
+from mscompile.data import Samples
 from mscompile.operators import OUT, Port
 from mscompile.passes import RemoveDeadUnits
 from mscompile.passes.readers import owned
+from mscompile.rewrite import rewrite
 from mscompile.scm import Scm, read_scm
 from mscompile.units import even
+from mscompile.verify import FOLD_TOLERANCE, fold_error, make_pair
 
 FEATURES = 5
 """Inputs of the products at which units begin."""
@@ -240,3 +245,35 @@ def promised(case: Case) -> bool:
     if case.reading == "flat":  # several axes of units, read as one, cannot be cut apart
         return len({o for o, _ in ends}) == len(ends) > 0 and all(axis > 0 for _, axis in ends)
     return bool(ends)
+
+
+# --- architectures ----------------------------------------------------------------------------------------------------
+
+SHARES = {"constant": 0.5, "affine": 0.75, "parents": 0.3, "windows": 0.6}
+
+
+UNCUT = {
+    "a product of a tensor with itself",
+    "a residual addition with channels padded",  # no carrier for the padding of the map
+    "normalisation by group before a channel shuffle",  # all channels live and die together
+    "rotary positions",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", GRAPHS)
+def test_a_compiled_architecture_is_the_dense_one_under_the_plan(case: str, kind: str):
+    text, _ = GRAPHS[case]
+    dense = model(text, opset=21)
+    plan = plan_for(dense, kind, np.random.default_rng(0), lambda size: max(1, round(SHARES[kind] * size)))
+    compiled = rewrite(dense, plan)
+    onnx.checker.check_model(ir.to_proto(compiled.model), full_check=True)
+    assert plan.sites or SHARES[kind] > 0.5 or case in UNCUT
+    if not plan.sites:
+        return
+    ranks = {tensor: len(shape) for tensor, shape in read_scm(dense).shapes.items()}
+    pair = make_pair(dense, compiled.model, plan, ranks, compiled.alignment)
+    assert fold_error(pair, plan, Samples(dict(inputs(dense, samples=5)), None, "generated"), 5) <= FOLD_TOLERANCE
+    before = ir.to_proto(compiled.model).SerializeToString(deterministic=True)
+    RemoveDeadUnits()(compiled.model)
+    assert ir.to_proto(compiled.model).SerializeToString(deterministic=True) == before, "something dead was left"

@@ -777,6 +777,13 @@ def test_movement_keeps_every_value(example: Example):
     np.testing.assert_array_equal(np.sort(run(example, arrays), axis=None), arrays[0].ravel())
 
 
+@examples(lambda s: s.copies)
+def test_copies_hold_elements_of_the_first_operand(example: Example):
+    arrays = example.draw(5)
+    for found in outputs(example, arrays):
+        assert np.isin(found, arrays[0]).all()
+
+
 @examples(lambda s: s.additive)
 def test_additive_operators_add(example: Example):
     arrays = example.draw(6)

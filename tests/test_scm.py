@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from golden import model
+from graphs import GRAPHS
 
 from mscompile.plan import refusal
-from mscompile.scm import infer_shapes, label, read_scm
+from mscompile.scm import Refusal, infer_shapes, label, read_scm
 
 READ = {
     "a chain": (
@@ -257,16 +258,32 @@ def told(source: ir.Model) -> list[str]:
     scm = read_scm(source)
     letters = {group: chr(ord("a") + i) for i, group in enumerate(dict.fromkeys(site.group for site in scm.sites))}
     return [
-        f"{letters[s.group]}: {s.tensor}[{s.axis}] {s.size} > {', '.join(label(r.node) for r in s.readers)}"
+        f"{letters[s.group]}: {s.tensor}[{s.axis}] {s.size} > "
+        + ", ".join([label(r.node) for r in s.readers] + [f"pairs of {label(p.node)}" for p in s.pairings])
         + (f" ! {s.refusal}" if s.refusal else "")
         for s in scm.sites
     ]
+
+
+def left_alone(source: ir.Model) -> list[str]:
+    """Why units stay, where they are neither a model output nor at a site that says so."""
+    scm = read_scm(source)
+    outputs = {str(Refusal(value.name, "", "is a model output")) for value in source.graph.outputs}
+    told = outputs | {str(site.refusal) for site in scm.sites}
+    return [f"- {reason}" for reason in dict.fromkeys(map(str, scm.frozen.values())) if reason not in told]
 
 
 @pytest.mark.parametrize("case", READ)
 def test_golden_graph_is_read_as(case: str):
     text, wanted = READ[case]
     assert told(model(text)) == wanted
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_architectures_are_read_as(case: str):
+    text, wanted = GRAPHS[case]
+    source = model(text, opset=21)
+    assert told(source) + left_alone(source) == wanted
 
 
 NO_CARRIER = "is read with zero padding, and no channel can be made constant to carry the bias to the border exactly"

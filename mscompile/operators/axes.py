@@ -127,7 +127,7 @@ class Signature:
     moving
         The node only moves values (any reader behind it reads its input).
     copies
-        The output holds elements of the operands and nothing else.
+        The outputs hold elements of input 0, repeated or not, and nothing else.
     unseen
         Axes that the node does not look at.
     additive

@@ -1,4 +1,4 @@
-"""Operators that keep values and change places."""
+"""Operators that keep values and change places, or repeat them."""
 
 from __future__ import annotations
 

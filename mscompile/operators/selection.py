@@ -29,7 +29,7 @@ def concat(node: NodeView) -> Signature | str:
         Move((i, along), (OUT, along), np.arange(size, dtype=np.int64), np.arange(ends[i], ends[i + 1], dtype=np.int64))  # type: ignore[arg-type]
         for i, size in enumerate(sizes)
     )
-    return Signature(links, moves, copies=True)
+    return Signature(links, moves)
 
 
 def split(node: NodeView) -> Signature | str:
