@@ -107,7 +107,7 @@ def test_bars_of_one_group_are_joined_by_lines_that_do_not_meet():
     drawn = bars(
         ["a", "b", "c", "d"], [1, 2, 3, 4], groups=[0, 1, 0, 1], title="Sites", description="Two pairs that overlap."
     )
-    lines_of = [line for line in ElementTree.fromstring(drawn).iter() if line.tag.endswith("line")]
+    lines_of = [line for line in read(drawn).iter() if line.tag.endswith("line")]
     upright = [line for line in lines_of if line.get("x1") == line.get("x2")]
     assert len(upright) == 2
     assert len({line.get("x1") for line in upright}) == 2

@@ -12,6 +12,7 @@ import pytest
 from mscompile import cli
 from mscompile.dense import open_dense
 from mscompile.options import Options
+from mscompile.scores import READER_LOCAL, score
 from mscompile.stages import calibrate_model
 from mscompile.statistics_file import load_statistics
 from tests import golden
@@ -100,3 +101,39 @@ def test_sites_before_a_recurrent_operator_say_what_scored_them(tmp_path: Path, 
     assert "h 6 half the squared change of the readers' outputs: LSTM" in printed
     assert "has no reverse-mode rule" in printed
     assert "'h0' (1, 1, 4) has no sample axis: the same array goes with every batch" in printed
+
+
+OPAQUE = {
+    "GRU": """(float[N,3,5] x) => (float[N,4] y) <float[5,6] w, float[6] b, float[6,7] w2, float[1,12,7] wl, float[1,12,4] rl> {
+        a = MatMul(x, w)
+        s = Add(a, b)
+        h = Relu(s)
+        g = MatMul(h, w2)
+        t = Transpose<perm=[1,0,2]>(g)
+        q, last = GRU<hidden_size = 4>(t, wl, rl)
+        y = Flatten<axis=2>(last)
+    }""",
+    "If": """(float[N,3,5] x, bool c) => (float[N,3,4] y) <float[5,6] w, float[6,7] w2, float[7,4] w3> {
+        a = MatMul(x, w)
+        h = Relu(a)
+        g = MatMul(h, w2)
+        y = If(c) <then_branch = yes () => (float[N,3,4] u) { u = MatMul(g, w3) },
+                   else_branch = no () => (float[N,3,4] v) { e = Neg(g) v = MatMul(e, w3) }>
+    }""",
+}
+
+
+@pytest.mark.parametrize("operator", OPAQUE)
+def test_sites_before_what_has_no_gradient_are_scored_by_their_readers(operator: str) -> None:
+    """½ Σ_o W_jo² Var(a_j): what the reader of unit j makes of it, since nothing is known of what comes behind."""
+    model = golden.model(OPAQUE[operator])
+    x = np.random.default_rng(0).standard_normal((64, 3, 5)).astype(np.float32)
+    data = {"x": x} | ({"c": np.ones((), np.bool_)} if operator == "If" else {})
+    found = calibrate_model(model, data, None, Options(replacement="constant"))
+    assert operator in found.statistics.refused["h"]
+    stored = {name: v.const_value.numpy() for name, v in model.graph.initializers.items()}
+    h = np.maximum(x @ stored["w"] + stored.get("b", 0.0), 0.0).reshape(-1, 6)
+    expected = 0.5 * h.var(axis=0) * np.square(stored["w2"]).sum(axis=1)
+    scores = score(found.dense.scm, found.dense.sites, found.statistics, "logit-mse", seed=0)
+    np.testing.assert_allclose(scores.risk["h"], expected, rtol=1e-3)
+    assert scores.basis["h"].startswith(READER_LOCAL)
