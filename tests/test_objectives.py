@@ -104,7 +104,8 @@ def test_sites_before_a_recurrent_operator_say_what_scored_them(tmp_path: Path, 
 
 
 OPAQUE = {
-    "GRU": """(float[N,3,5] x) => (float[N,4] y) <float[5,6] w, float[6] b, float[6,7] w2, float[1,12,7] wl, float[1,12,4] rl> {
+    "GRU": """(float[N,3,5] x) => (float[N,4] y)
+        <float[5,6] w, float[6] b, float[6,7] w2, float[1,12,7] wl, float[1,12,4] rl> {
         a = MatMul(x, w)
         s = Add(a, b)
         h = Relu(s)
