@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from mscompile.audit_commands import audit_command, report_command
+from mscompile.audit.commands import audit_command, report_command
 from mscompile.errors import MscompileError, ResourceError, UsageError
 from mscompile.stage_commands import (
     ANCHORS,

@@ -15,11 +15,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from mscompile.audit.disjointness import encode, fingerprints
 from mscompile.certificate import risk_bound
 from mscompile.clock import Clock
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
-from mscompile.disjointness import encode, fingerprints
 from mscompile.frontier import Tried
 from mscompile.inspection import Inspection, inspect_scm, readers_of
 from mscompile.options import Options

@@ -11,9 +11,9 @@ import pytest
 from onnx import helper, numpy_helper
 from small_models import FEATURES, mlp, samples, set_weight, weight
 
-from mscompile.alignment import infer
-from mscompile.audit import audit
-from mscompile.audit_setup import AuditOptions
+from mscompile.audit.alignment import infer
+from mscompile.audit.pipeline import audit
+from mscompile.audit.setup import AuditOptions
 from mscompile.errors import UsageError
 from mscompile.pipeline import Options, compile_model
 

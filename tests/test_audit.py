@@ -17,17 +17,17 @@ import onnx
 import pytest
 from small_models import FEATURES, mlp, samples, set_weight, weight
 
-from mscompile.audit import audit
-from mscompile.audit_report import SCHEMA_FILE, AuditReport, schema
-from mscompile.audit_setup import AuditOptions
+from mscompile.audit.pipeline import audit
+from mscompile.audit.replay import replay
+from mscompile.audit.report import SCHEMA_FILE, AuditReport, schema
+from mscompile.audit.setup import AuditOptions
+from mscompile.audit.statement import make_statement
 from mscompile.certificate import risk_bound
 from mscompile.cli import run
 from mscompile.errors import DataError, UsageError, VerificationError
 from mscompile.metrics import METRICS, Metric
 from mscompile.options import Options
 from mscompile.pipeline import compile_model
-from mscompile.replay import replay
-from mscompile.statement import make_statement
 
 OPTIONS = AuditOptions(fidelity=0.8, table=64, explain=False)
 
@@ -320,7 +320,7 @@ def test_tau_by_hand(folder: Path, tmp_path: Path) -> None:
 
 def test_the_verdict_shares_no_rewriting_code_with_the_compiler(folder: Path) -> None:
     code = (
-        "import sys\nfrom mscompile.audit import audit\nfrom mscompile.audit_setup import AuditOptions\n"
+        "import sys\nfrom mscompile.audit.pipeline import audit\nfrom mscompile.audit.setup import AuditOptions\n"
         f"r = audit({str(folder / 'dense.onnx')!r}, {str(folder / 'small.onnx')!r}, {str(folder / 'audit.npz')!r},"
         " AuditOptions(fidelity=0.8, explain=False, table=0))\nassert r.verdict == 'certified'\n"
         "banned = ('mscompile.passes', 'mscompile.rewrite', 'mscompile.replacements', 'torch')\n"
@@ -428,9 +428,9 @@ def test_explanation_and_counterexample(folder: Path, tmp_path: Path) -> None:
 
 def test_a_counterexample_needs_all_its_units(folder: Path) -> None:
     """Taking out any one unit of a shrunk mask makes the models agree."""
-    from mscompile.audit_inputs import open_model
-    from mscompile.audit_setup import prepare
-    from mscompile.counterexample import find
+    from mscompile.audit.counterexample import find
+    from mscompile.audit.inputs import open_model
+    from mscompile.audit.setup import prepare
     from mscompile.data import read
 
     dense, compiled = (open_model(folder / f"{n}.onnx") for n in ("dense", "small"))

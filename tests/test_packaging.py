@@ -17,7 +17,7 @@ LINKS = ("passes", "models")
 SHIPPED = {
     "py.typed",
     "report.schema.json",
-    "audit.schema.json",
+    "audit/audit.schema.json",
     "pages/page.css",
     "pages/base.html",
     "pages/audit.html",

@@ -13,9 +13,9 @@ import onnx
 import pytest
 from small_models import FEATURES, mlp, renamed, samples
 
-from mscompile.audit import audit
-from mscompile.audit_report import AuditReport
-from mscompile.audit_setup import AuditOptions
+from mscompile.audit.pipeline import audit
+from mscompile.audit.report import AuditReport
+from mscompile.audit.setup import AuditOptions
 from mscompile.cli import run
 from mscompile.options import Options
 from mscompile.pages import audit_html, audit_markdown, compile_html, compile_markdown

@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 from pydantic import ValidationError
 
-from mscompile.audit_report import AuditReport, LawFound
+from mscompile.audit.report import AuditReport, LawFound
 from mscompile.certificate import risk_bound, risk_floor
 from mscompile.drawing import Series, bars, lines, scatter
 from mscompile.errors import UsageError
@@ -80,7 +80,7 @@ def audit_markdown(report: AuditReport) -> str:
 
 
 def _audit(report: AuditReport) -> dict[str, Any]:
-    from mscompile.counterexample import replay_lines
+    from mscompile.audit.counterexample import replay_lines
 
     first = report.claims[0]
     rate = f"{first.fidelity:.0%}" if round(first.fidelity, 2) == first.fidelity else f"{first.fidelity:.2%}"

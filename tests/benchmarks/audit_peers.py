@@ -26,9 +26,9 @@ import numpy as np
 import onnx
 from candidates import beside, table
 
-from mscompile.audit import audit
-from mscompile.audit_report import AuditReport
-from mscompile.audit_setup import AuditOptions
+from mscompile.audit.pipeline import audit
+from mscompile.audit.report import AuditReport
+from mscompile.audit.setup import AuditOptions
 from mscompile.errors import MscompileError
 
 

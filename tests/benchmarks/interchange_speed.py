@@ -17,7 +17,7 @@ import click
 import numpy as np
 from candidates import beside, samples_of, table
 
-from mscompile.audit_inputs import open_model
+from mscompile.audit.inputs import open_model
 from mscompile.dense import open_dense
 from mscompile.interchange import Correspondence, Engine, Pair, disjoint_pairs
 from mscompile.surgery import Patch

@@ -21,8 +21,8 @@ import numpy as np
 from candidates import candidate_of, orders_of, samples_of, scores_of, statistics_of, table
 from published import PUBLISHED
 
-from mscompile.audit import audit
-from mscompile.audit_setup import AuditOptions
+from mscompile.audit.pipeline import audit
+from mscompile.audit.setup import AuditOptions
 from mscompile.dense import open_dense
 from mscompile.files import save_model
 from mscompile.models import mnist

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mscompile.audit_report import Counterexample
-from mscompile.audit_setup import AuditOptions, Setup
-from mscompile.claims import checked, stream
+from mscompile.audit.claims import checked, stream
+from mscompile.audit.report import Counterexample
+from mscompile.audit.setup import AuditOptions, Setup
 from mscompile.interchange import Trials
 from mscompile.metrics import Metric, choose_metric
 from mscompile.surgery import patched

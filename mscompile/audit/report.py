@@ -1,7 +1,7 @@
 """The certificate of an audit: what was asked, what was run, what was found, and what it does not say.
 
 It holds all that is needed to run the trials again. Its JSON Schema is shipped as ``audit.schema.json``; write it again
-after a change with ``python -m mscompile.audit_report``.
+after a change with ``python -m mscompile.audit.report``.
 """
 
 from __future__ import annotations

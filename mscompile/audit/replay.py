@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mscompile.audit import judge
-from mscompile.audit_inputs import AuditModel, open_model
-from mscompile.audit_report import AuditReport, Claim
-from mscompile.audit_setup import AuditOptions, prepare
-from mscompile.claims import decide_claims
+from mscompile.audit.claims import decide_claims
+from mscompile.audit.inputs import AuditModel, open_model
+from mscompile.audit.pipeline import judge
+from mscompile.audit.report import AuditReport, Claim
+from mscompile.audit.setup import AuditOptions, prepare
+from mscompile.audit.tau import SiteClaim
 from mscompile.data import Samples, Source, read
 from mscompile.errors import VerificationError
 from mscompile.metrics import METRICS, choose_metric
 from mscompile.runtime import Progress, no_progress
-from mscompile.tau import SiteClaim
 
 ROUNDING = 1e-6
 """Per trial, of a loss that is no count: sums of float32 outputs differ so much between processors."""

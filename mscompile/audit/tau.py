@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
-from mscompile.alignment import infer
+from mscompile.audit.alignment import infer
 from mscompile.errors import UsageError
 from mscompile.interchange import Correspondence
 from mscompile.runtime import Arrays

@@ -17,12 +17,12 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 
-from mscompile.audit_report import AuditedData, AuditedFile
+from mscompile.audit.disjointness import Fingerprints, decode, fingerprints
+from mscompile.audit.report import AuditedData, AuditedFile
+from mscompile.audit.tau import METADATA
 from mscompile.data import InputSpec, Samples, Source, read
-from mscompile.disjointness import Fingerprints, decode, fingerprints
 from mscompile.errors import DataError, ResourceError, UnsupportedError, UsageError, VerificationError
 from mscompile.files import LARGEST, load_model, weight_bytes
-from mscompile.tau import METADATA
 
 
 @dataclass(frozen=True)

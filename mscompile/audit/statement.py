@@ -11,7 +11,7 @@ import json
 from pathlib import PurePath
 from typing import Any
 
-from mscompile.audit_report import AuditReport
+from mscompile.audit.report import AuditReport
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://in-toto.io/attestation/eval-result/v0.1"

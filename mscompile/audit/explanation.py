@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from mscompile.audit_report import Blame, Explanation, Unmapped
-from mscompile.audit_setup import AuditOptions, Setup
+from mscompile.audit.claims import checked, stream
+from mscompile.audit.report import Blame, Explanation, Unmapped
+from mscompile.audit.setup import AuditOptions, Setup
 from mscompile.certificate import risk_bound, risk_floor
-from mscompile.claims import checked, stream
 from mscompile.errors import MscompileError
 from mscompile.interchange import Correspondence, Draws, disjoint_pairs
 from mscompile.interventions import Setting

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mscompile.audit_inputs import AuditModel, check_interfaces, read_plan
-from mscompile.audit_report import AuditedSite, Check, Convention
+from mscompile.audit.inputs import AuditModel, check_interfaces, read_plan
+from mscompile.audit.report import AuditedSite, Check, Convention
+from mscompile.audit.tau import SiteClaim, Tau, claims_of_file, claims_of_metadata, claims_of_plan, inferred, resolve
 from mscompile.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
 from mscompile.data import Samples
 from mscompile.errors import MscompileError, UsageError
@@ -19,7 +20,6 @@ from mscompile.interchange import Engine, Law, Pair
 from mscompile.metrics import Metric
 from mscompile.runtime import Arrays, Session
 from mscompile.surgery import Do, Reweighted, probe, replaced, weightless
-from mscompile.tau import SiteClaim, Tau, claims_of_file, claims_of_metadata, claims_of_plan, inferred, resolve
 
 ALIKE = 0.5
 """Share of variance below which units matched by weights are reported as behaving differently."""

@@ -13,7 +13,7 @@ from mscompile.errors import GoalError, UsageError, VerificationError
 from mscompile.terminal import answer, ascii_json, bars, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
-    from mscompile.audit_report import AuditReport
+    from mscompile.audit.report import AuditReport
 
 EXIT = {"certified": 0, "refuted": VerificationError.exit_code, "undecided": GoalError.exit_code}
 PATH = click.Path(path_type=Path)
@@ -105,8 +105,8 @@ def audit_command(
             why="data that chose a model cannot certify it, so none is looked for",
             hint="give samples that took no part in training or compiling",
         )
-    from mscompile.audit import audit
-    from mscompile.audit_setup import AuditOptions
+    from mscompile.audit.pipeline import audit
+    from mscompile.audit.setup import AuditOptions
     from mscompile.files import output_conflict
 
     target = output if output is not None else compiled.with_suffix(".audit.json")
@@ -129,7 +129,7 @@ def audit_command(
 
 
 def _replay(certificate: Path, dense: Path | None, compiled: Path | None, data: str | None, *, silent: bool) -> int:
-    from mscompile.replay import replay
+    from mscompile.audit.replay import replay
 
     if not certificate.is_file():
         raise UsageError(
@@ -150,9 +150,9 @@ def _replay(certificate: Path, dense: Path | None, compiled: Path | None, data: 
 def _write(report: AuditReport, target: Path, html: Path | None, markdown: Path | None, statement: Path | None) -> None:
     import datetime
 
+    from mscompile.audit.statement import statement_text
     from mscompile.files import staged
     from mscompile.pages import audit_html, audit_markdown
-    from mscompile.statement import statement_text
 
     now = datetime.datetime.now(datetime.UTC)
     texts = (

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mscompile.audit_report import Claim, Comparison, Convention, LawFound, PlainFound
-from mscompile.audit_setup import AuditOptions, Setup
+from mscompile.audit.report import Claim, Comparison, Convention, LawFound, PlainFound
+from mscompile.audit.setup import AuditOptions, Setup
 from mscompile.certificate import SequentialTest, betting_bound, hoeffding_bound, risk_bound, risk_floor
 from mscompile.errors import UsageError
 from mscompile.interchange import Law, Trials, disjoint_pairs

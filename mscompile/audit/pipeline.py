@@ -17,12 +17,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from mscompile import counterexample
-from mscompile.audit_inputs import open_model, read_data
-from mscompile.audit_report import AuditedData, AuditReport, Check, Claim
-from mscompile.audit_setup import AuditOptions, Setup, prepare
+from mscompile.audit import counterexample
+from mscompile.audit.claims import compare, decide_claims, measure_laws, measure_plain
+from mscompile.audit.inputs import open_model, read_data
+from mscompile.audit.report import AuditedData, AuditReport, Check, Claim
+from mscompile.audit.setup import AuditOptions, Setup, prepare
 from mscompile.certificate import Verdict
-from mscompile.claims import compare, decide_claims, measure_laws, measure_plain
 from mscompile.data import Source
 from mscompile.metrics import choose_metric
 from mscompile.runtime import Progress, no_progress
@@ -79,7 +79,7 @@ def audit(
         comparison = compare(setup, other, options, progress)
     explanation = found = None
     if options.explain:
-        from mscompile.explanation import explain
+        from mscompile.audit.explanation import explain
 
         explanation = explain(setup, options, progress)
         case = counterexample.find(setup, options)
