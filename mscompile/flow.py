@@ -248,7 +248,7 @@ class _Step:
                 group += more
                 said = [c for c in said if c not in more]
             joined = self._assemble(target, group) if group[0].at is not None else self._join(target, group)
-            if joined is not None:
+            if joined is not None and joined[1].size:
                 found[joined[0]] = joined[1]
         return found
 
@@ -414,7 +414,7 @@ class _Step:
             outs = [(o, a) for o, a in link if o < 0]
             shape = self.view.shape(fixed[0][0]) if fixed else None
             size = None if shape is None else shape[fixed[0][1]]
-            if not outs or len(fixed) + len(outs) < len(link) or not isinstance(size, int):
+            if not outs or len(fixed) + len(outs) < len(link) or not isinstance(size, int) or size == 0:
                 continue
             if any(move.target in outs for move in self.found.moves):
                 continue  # channels that move in run in step, as with several filters per channel

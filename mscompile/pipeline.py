@@ -99,7 +99,7 @@ def compile_model(
     check_outputs(source)
     samples = find_data(source, data, options)
     source = source.given(samples)
-    if source.batch is not None:
+    if source.batch:
         options = replace(options, batch_size=source.batch)
     warnings = list(samples.notes) if samples is not None else []
     warnings += [f"{kind} in the model will not be in the compiled one" for kind in source.model.meta.get(LEFT_OUT, ())]

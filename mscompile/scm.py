@@ -122,6 +122,7 @@ EINSUM = 12
 
 def _shape_like(graph: ir.Graph) -> None:
     """Put an Identity or Einsum, which onnx knows the shapes of, in place of nodes that the table says are alike in this."""
+    graph.opset_imports.setdefault("", EINSUM)  # which models of other domains alone need not import
     for node in list(graph):
         row, old = declared(node), node.outputs[0]
         like = None if row is None else row.like(node) if callable(row.like) else row.like

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from mscompile.errors import UnsupportedError
 from mscompile.files import LISTED
 from mscompile.operators import Shape, is_parameter
 from mscompile.passes.movement import ShortenMovement
@@ -71,7 +72,7 @@ class FoldParameters(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         values = _evaluate(model, wanted)
         modified = False
-        for value in wanted:
+        for value in (v for v in wanted if v.name in values):
             array, sources = values[value.name or ""], _sources(value, fixed)
             dtype = value.dtype or ir.DataType.from_numpy(array.dtype)
             saved = sum(_bytes(source) for source in sources if len(list(source.uses())) == 1)
@@ -113,9 +114,13 @@ def _sources(value: ir.Value, fixed: Mapping[ir.Value, ir.Node]) -> set[ir.Value
 
 
 def _evaluate(model: ir.Model, wanted: Sequence[ir.Value]) -> Arrays:
-    """Values of parameters computed from others, by onnxruntime as it would at run time."""
+    """Values of parameters computed from others, by onnxruntime as it would at run time; those it can compute."""
     graph = ir.convenience.extract(model.graph, [], list(wanted))
-    return Session(ir.Model(graph, ir_version=model.ir_version), optimise=False).run({})
+    try:
+        return Session(ir.Model(graph, ir_version=model.ir_version), optimise=False).run({})
+    except UnsupportedError:
+        alone = wanted if len(wanted) > 1 else ()
+        return {name: array for value in alone for name, array in _evaluate(model, [value]).items()}
 
 
 @dataclass(frozen=True)

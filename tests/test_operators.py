@@ -420,6 +420,7 @@ def _movements() -> Iterator[Example]:
     for mode in ("DCR", "CRD"):
         yield ex("DepthToSpace", x(2, 12, 2, 3), blocksize=2, mode=mode)
     yield ex("SpaceToDepth", x(2, 3, 4, 6), blocksize=2)
+    yield ex("SpaceToDepth", x(2, 3, 4, 6), blocksize=2, mode="CRD", opset=28)
 
 
 def _selections() -> Iterator[Example]:

@@ -113,7 +113,8 @@ def space_to_depth(node: NodeView) -> Signature | str:
     shape, block = node.shape(0), int(node.attribute("blocksize", 1))
     if shape is None or not isinstance(shape[1], int):
         return "its channels are not known"
-    index = np.tile(np.arange(shape[1], dtype=np.int64), block * block)
+    crd = node.attribute("mode", "DCR") == "CRD"
+    index = (np.repeat if crd else np.tile)(np.arange(shape[1], dtype=np.int64), block * block)
     return Signature((((0, 0), (OUT, 0)),), (Move((0, 1), (OUT, 1), index),), mixes="moves positions along this axis")
 
 
@@ -187,7 +188,8 @@ def depth_to_space_reverse(b: Backward) -> Mapping[int, ir.Value]:
 
 def space_to_depth_reverse(b: Backward) -> Mapping[int, ir.Value]:
     """DepthToSpace."""
-    return {0: b.op("DepthToSpace", b.gradient, blocksize=b.view.attribute("blocksize", 1))}
+    order = {} if b.view.attribute("mode", "DCR") == "DCR" else {"mode": "CRD"}  # an attribute from opset 11 on
+    return {0: b.op("DepthToSpace", b.gradient, blocksize=b.view.attribute("blocksize", 1), **order)}
 
 
 ROWS = (
