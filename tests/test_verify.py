@@ -106,6 +106,17 @@ def test_defects_of_a_compiled_model_are_found(defect: str) -> None:
         fold_error(damaged(pair, *DEFECTS[defect]), plan, data(), BATCH)
 
 
+def test_a_network_that_amplifies_rounding_is_measured_by_its_last_bits() -> None:
+    """Outputs far from zero: their last bit alone is more than the tolerance."""
+    model = mlp()
+    set_weight(model, "b2", weight(model, "b2") + np.float32(1e4))
+    pair, plan = planned(model)
+    found = fold_error(pair, plan, data(), BATCH)
+    assert FOLD_TOLERANCE < found < 100 * FOLD_TOLERANCE
+    with pytest.raises(VerificationError, match="not the dense graph under the plan"):
+        fold_error(damaged(pair, *DEFECTS["units are in another order"]), plan, data(), BATCH)
+
+
 @pytest.mark.parametrize("field", ["affine", "constants", "kept"])
 def test_plans_that_were_not_carried_out_are_found(field: str) -> None:
     """Rows of the map or constants swapped, or other units kept."""
