@@ -211,8 +211,10 @@ class Sums:
         h = self.features.copy()
         stabilise(h)
         h[np.diag_indices_from(h)] *= 1.0 + ridge
-        change = scipy.linalg.solve(h, self.crossed.T - self.features @ start, assume_a="sym")
-        found: Array = start + change
+        # Scaled to a unit diagonal: features of very different sizes are no ill-conditioning.
+        scale = 1.0 / np.sqrt(np.diagonal(h))[:, None]
+        change = scipy.linalg.solve(h * scale * scale.T, scale * (self.crossed.T - self.features @ start), assume_a="pos")
+        found: Array = start + scale * change
         return found
 
 

@@ -506,7 +506,6 @@ BAD_DATA: Mapping[str, tuple[dict[str, np.ndarray], str, int, str]] = {
     "nan": ({"x": np.where(np.arange(400)[:, None] == 3, np.nan, X)}, "", 4, "sample 3"),
     "no samples": ({"x": X[:0]}, "", 4, "no samples"),
     "few samples": ({"x": X[:10]}, "", 4, "at least 16"),
-    "fewer samples than channels": ({"x": X[:20]}, "", 4, "--replacement constant"),
     "labels missing": ({"x": X}, "--labels foo", 4, "'foo'"),
     "two labels": ({"x": X, "y": X, "label": X}, "", 4, "--labels"),
 }
@@ -519,6 +518,13 @@ def test_bad_data(run: Run, small: Path, name: str):
     before = written(small.parent)
     refused(run(small, *KEEP, "--calib", "data.npz", *options.split()), code, word)
     assert written(small.parent) == before
+
+
+def test_sites_with_fewer_samples_than_channels_stay_whole(run: Run, small: Path):
+    np.savez(small.parent / "data.npz", x=X[:20])
+    ran = run(small, *KEEP, "--calib", "data.npz")
+    assert ran.code == 0
+    assert "site 'h0' is left whole: 10 observations (samples × positions) for 16 channels" in " ".join(ran.err.split())
 
 
 def test_big_endian_data_is_what_it_says(run: Run, small: Path):
