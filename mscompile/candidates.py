@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from mscompile.clock import Clock
 from mscompile.data import Samples
@@ -12,6 +15,7 @@ from mscompile.metrics import METRICS
 from mscompile.options import Options
 from mscompile.plan import Plan, SitePlan, make_plan
 from mscompile.recalibration import Step, recalibrate
+from mscompile.replacements import AFFINE_FITS, Factor, fit_affine
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runtime import Progress
 from mscompile.scores import Scores
@@ -110,7 +114,24 @@ class Workshop:
                 swap=options.swap,
                 lossless={group: elimination.lossless for group, elimination in self.eliminations.items()},
                 predicted=predicted,
+                factors=self._factors,
             )
+
+    @cached_property
+    def _factors(self) -> dict[str, Factor]:
+        """By site tensor; none where channels of several rows, or units of several channels, leave no order."""
+        swap, found = self.options.swap, {}
+        for group, elimination in self.eliminations.items():
+            for site in self.source.groups[group]:
+                single = site.rows is None and len(np.unique(site.units)) == site.size
+                if not single or AFFINE_FITS.get(self.options.replacement) is not fit_affine:
+                    continue
+                place = np.argsort(elimination.order)
+                own = place[np.searchsorted(elimination.order, site.units, sorter=place)]
+                factor = Factor.make(self.statistics.moments[site.tensor], swap, np.argsort(-own))
+                if factor is not None:
+                    found[site.tensor] = factor
+        return found
 
     def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
         """Plan, re-calibrate where asked for, rewrite, and open for interchange."""

@@ -7,9 +7,9 @@ width is known from the order in which they go.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import onnx_ir as ir
@@ -42,6 +42,7 @@ class Costs:
     _groups: dict[tuple[str, int], int | None] = field(default_factory=dict, repr=False)
     _widths: dict[tuple[str, int, int], int] = field(default_factory=dict, repr=False)
     _dead: dict[tuple[int, int], IntArray] = field(default_factory=dict, repr=False)
+    _terms: dict[tuple[object, tuple[tuple[int, int], ...]], float] = field(default_factory=dict, repr=False)
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -55,12 +56,13 @@ class Costs:
         return tuple(node for node, row in rows if row is not None and row.macs is not None)
 
     @cached_property
-    def _weights(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    def _weights(self) -> tuple[tuple[str, tuple[int, ...], frozenset[int]], ...]:
+        """Name, shape and groups of every floating-point parameter."""
         tensors = ((value.name or "", value.const_value) for value in parameters(self.scm.model))
+        shapes = [(name, t.shape.numpy()) for name, t in tensors if t is not None and t.dtype in FLOATS]
+        axes = [(name, shape, [self.group(name, a) for a in range(len(shape))]) for name, shape in shapes]
         return tuple(
-            (name, tuple(int(d) for d in tensor.shape.numpy()))
-            for name, tensor in tensors
-            if tensor is not None and tensor.dtype in FLOATS
+            (name, tuple(map(int, shape)), frozenset(g for g in groups if g is not None)) for name, shape, groups in axes
         )
 
     @cached_property
@@ -123,26 +125,36 @@ class Costs:
 
     def params(self, counts: Counts, group: int | None = None) -> float:
         """Elements of floating-point parameters; with `group`, of those alone whose number depends on it."""
-        total = 0
-        for name, shape in self._weights:
-            if group is None or any(self.group(name, a) == group for a in range(len(shape))):
-                total += math.prod(self.width(name, a, d, counts) for a, d in enumerate(shape))
-        return total
+        return sum(
+            self._term(name, groups, counts, partial(self._elements, name, shape))
+            for name, shape, groups in self._weights
+            if group is None or group in groups
+        )
 
     def macs(self, counts: Counts, group: int | None = None) -> float:
         """Multiply–accumulates for `inputs`, of nodes whose shapes are known; `group` as for `params`."""
-        total = 0
-        for node in self.nodes if group is None else self._nodes_of.get(group, ()):
-            row, view = declared(node), self.view(node, counts)
-            involved = [view.shape(operand) for operand in (0, 1, ~0)]
-            if all(shape is not None and all(isinstance(d, int) for d in shape) for shape in involved):
-                total += row.macs(view)  # type: ignore[union-attr, misc]
-        return total
+        return sum(
+            self._term(number, groups, counts, partial(self._work, node))
+            for number, (node, groups) in enumerate(self._work_of)
+            if group is None or group in groups
+        )
+
+    def _term(self, key: object, groups: frozenset[int], counts: Counts, cost: Callable[[Counts], float]) -> float:
+        """A cost that depends on the widths of a few groups, remembered by these."""
+        own = tuple((group, counts[group]) for group in groups if group in counts)
+        if (key, own) not in self._terms:
+            self._terms[key, own] = cost(counts)
+        return self._terms[key, own]
+
+    def _elements(self, name: str, shape: tuple[int, ...], counts: Counts) -> float:
+        return float(math.prod(self.width(name, a, d, counts) for a, d in enumerate(shape)))
+
+    def _work(self, node: ir.Node, counts: Counts) -> float:
+        row, view = declared(node), self.view(node, counts)
+        involved = [view.shape(operand) for operand in (0, 1, ~0)]
+        known = all(shape is not None and all(isinstance(d, int) for d in shape) for shape in involved)
+        return float(row.macs(view)) if known else 0.0  # type: ignore[union-attr, misc]
 
     @cached_property
-    def _nodes_of(self) -> dict[int, list[ir.Node]]:
-        found: dict[int, list[ir.Node]] = {}
-        for node in self.nodes:
-            for group in self.groups_of(node):
-                found.setdefault(group, []).append(node)
-        return found
+    def _work_of(self) -> tuple[tuple[ir.Node, frozenset[int]], ...]:
+        return tuple((node, self.groups_of(node)) for node in self.nodes)

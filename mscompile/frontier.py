@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,8 +19,10 @@ from mscompile.scores import measured_risk, predictable
 from mscompile.sizes import time_of
 from mscompile.sweep import Point, Sweep
 
-SHARES = tuple(round(0.96 - 0.04 * i, 2) for i in range(24))
-"""Sizes of the candidates, from large to small: an order fixed before any data is seen."""
+SPACINGS = (0.04, 0.03, 0.02, 0.01, 0.005)
+"""Differences of size between candidates that are tried in turn until there are enough of them."""
+ENOUGH = 20
+"""Candidates that are enough."""
 PROBES = 4
 """Forward passes per calibration sample that measuring risk curves may cost, at most."""
 FEWEST_PROBES = 32
@@ -133,17 +135,16 @@ class Frontier:
             return counts, cost(counts or {group: curve.counts[-1] for group, curve in curves.items()}, None)
 
     def tried(self) -> tuple[Tried, ...]:
-        """Candidates of `SHARES` of the size, as far down as it goes, those that cut nothing left out."""
+        """Candidates from large to small, as far down as it goes, those that cut nothing left out.
+
+        Which they are, and their order, is fixed before any of them is tried.
+        """
         if self._tried is None:
-            found: list[Tried] = []
-            targets = list(SHARES)
-            steps = descend(self.curves(), self.cost("size"))
+            steps = list(descend(self.curves(), self.cost("size")))
             with self.workshop.clock.time("search"):
-                for counts, size in steps:
-                    if targets and size <= targets[0] and self.workshop.plans(counts):
-                        while targets and size <= targets[0]:
-                            targets.pop(0)
-                        found.append(self._try(counts, size))
+                found = [
+                    self._try(*steps[i]) for i in ladder([size for _, size in steps]) if self.workshop.plans(steps[i][0])
+                ]
             self._tried = tuple(found)
         return self._tried
 
@@ -167,3 +168,15 @@ class Frontier:
         workshop, options = self.workshop, self.workshop.options
         samples = workshop.parts[part]
         return self.sweep.measure(workshop.plans(counts), samples, law=options.law, swap=options.swap, seed=options.seed)
+
+
+def ladder(sizes: Sequence[float]) -> list[int]:
+    """Numbers of those of falling `sizes` that come first behind each of evenly spaced ones."""
+    found: list[int] = []
+    for spacing in SPACINGS:
+        rungs = np.arange(1.0 - spacing, 0.0, -spacing)
+        behind = np.searchsorted(-np.array(sizes), -rungs)
+        found = sorted({int(i) for i in behind if i < len(sizes)})
+        if len(found) >= ENOUGH:
+            break
+    return found

@@ -28,8 +28,8 @@ Setting = tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]
 class Intervened:
     """A model whose units can be read and set.
 
-    The graphs it runs hold no weights: the sessions share one copy. onnxruntime's own rewrites are off, so that a run in
-    which nothing is set equals the plain one bit for bit.
+    The graphs it runs hold no weights: the sessions share one copy. onnxruntime's own rewrites are off unless `optimise`
+    allows them, so that a run in which nothing is set equals the plain one bit for bit.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Intervened:
         Binary digits of the narrowest 16-bit floats in the model; None where there are none.
     """
 
-    def __init__(self, model: onnx.ModelProto, patches: Sequence[Patch]) -> None:
+    def __init__(self, model: onnx.ModelProto, patches: Sequence[Patch], *, optimise: bool = False) -> None:
         self.patches = tuple(patches)
         skeleton, weights = weightless(model)
         kinds = {tensor.data_type for tensor in model.graph.initializer} | {
@@ -54,9 +54,9 @@ class Intervened:
         self.digits = next((digits for kind, digits in narrow.items() if kind in kinds), None)
         tensors = [patch.tensor for patch in patches]
         self.outputs = [output.name for output in model.graph.output]
-        self._plain = Session(probe(skeleton, tensors), optimise=False, weights=weights)
+        self._plain = Session(probe(skeleton, tensors), optimise=optimise, weights=weights)
         graph = patched(skeleton, patches)
-        self._patched = Session(graph, optimise=False, weights=weights)
+        self._patched = Session(graph, optimise=optimise, weights=weights)
         self._dtypes = {
             i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in graph.graph.input
         }

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from mscompile.constants import carrier
 from mscompile.errors import GoalError, UsageError
 from mscompile.operators import IntArray
-from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fit, fit_by_row
+from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Factor, Fit, fit_by_row
 from mscompile.scm import Scm, Site
 from mscompile.scores import MEASURABLE, Scores, joint_curvature
 from mscompile.selection import retained_heads, retained_units
@@ -246,6 +246,7 @@ def make_plan(
     swap: float,
     lossless: Mapping[int, int] | None = None,
     predicted: bool = True,
+    factors: Mapping[str, Factor] | None = None,
 ) -> Plan:
     """Retain the units of each group that go last and fit replacements for the others.
 
@@ -265,6 +266,8 @@ def make_plan(
         loss, whatever an interchange may do.
     predicted
         Whether to predict each site's risk, which costs as much as the fit.
+    factors
+        By site tensor, what shortens its affine fits.
     """
     planned: list[SitePlan] = []
     for group, count in counts.items():
@@ -281,7 +284,7 @@ def make_plan(
             sets.append(heads)
         free = order[: (lossless or {}).get(group, 0)]
         plans = [
-            _plan_group(sites, statistics, scores, kept, replacement, swap, free, predicted or len(sets) > 1)
+            _plan_group(sites, statistics, scores, kept, replacement, swap, free, predicted or len(sets) > 1, factors or {})
             for kept in sets
         ]
         planned += min(plans, key=lambda entries: sum(entry.predicted_risk or 0.0 for entry in entries))
@@ -301,12 +304,13 @@ def _plan_group(
     swap: float,
     free: IntArray,
     predicted: bool,
+    factors: Mapping[str, Factor],
 ) -> list[SitePlan]:
     """`free` units cost nothing where least squares folds them."""
     cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
     if np.isin(np.concatenate([site.units for site in cut]) if cut else free, np.union1d(kept_units, free)).all():
         swap = 0.0
-    return [_plan_site(site, statistics, scores, kept_units, replacement, swap, free, predicted) for site in cut]
+    return [_plan_site(site, statistics, scores, kept_units, replacement, swap, free, predicted, factors) for site in cut]
 
 
 def _plan_site(
@@ -318,6 +322,7 @@ def _plan_site(
     swap: float,
     free: IntArray,
     predicted: bool,
+    factors: Mapping[str, Factor],
 ) -> SitePlan:
     stays = np.isin(site.units, kept_units)
     kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
@@ -333,6 +338,8 @@ def _plan_site(
         fit = Fit(scores.constants[site.tensor][replaced], None)
     elif site.rows is not None:
         fit = fit_by_row(AFFINE_FITS[replacement], moments, kept, replaced, swap, site.rows)
+    elif site.tensor in factors and factors[site.tensor].fits(kept, swap):
+        fit = factors[site.tensor].fit(kept, replaced)
     else:
         fit = AFFINE_FITS[replacement](moments, kept, replaced, swap)
     windows: tuple[WindowPlan, ...] = ()

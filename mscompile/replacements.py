@@ -80,6 +80,48 @@ def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float
     return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
 
 
+@dataclass(frozen=True)
+class Factor:
+    """What `fit_affine` inverts, factored along an order, so that fits on its last channels cost no factoring of their own.
+
+    The bracket of retained channels is a leading block of the whole one, those that go last first, and so is its factor.
+
+    Attributes
+    ----------
+    order
+        Channels, last to go first.
+    lower
+        Cholesky factor in that order.
+    """
+
+    moments: Moments
+    swap: float
+    order: IntArray
+    lower: Array
+
+    @classmethod
+    def make(cls, moments: Moments, swap: float, order: IntArray) -> Factor | None:
+        """None where the bracket is not positive definite to rounding."""
+        bracket = interchanged(moments.covariance, moments.common, swap)[np.ix_(order, order)]
+        stabilise(bracket)
+        try:
+            return cls(moments, swap, order, scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True))
+        except scipy.linalg.LinAlgError:
+            return None
+
+    def fits(self, kept: IntArray, swap: float) -> bool:
+        """Whether the retained channels are the last ones, and the swap probability is that of the factor."""
+        return swap == self.swap and np.array_equal(np.sort(self.order[: len(kept)]), kept)
+
+    def fit(self, kept: IntArray, replaced: IntArray) -> Fit:
+        """As `fit_affine`, up to the floor of the ridge."""
+        first, moments, swap = self.order[: len(kept)], self.moments, self.swap
+        cross = (1 - swap) * moments.covariance[np.ix_(first, replaced)] + swap * moments.common[np.ix_(first, replaced)]
+        matrix = np.empty((len(kept), len(replaced)))
+        matrix[np.argsort(np.argsort(first))] = scipy.linalg.cho_solve((self.lower[: len(kept), : len(kept)], True), cross)
+        return Fit(moments.mean[replaced] - moments.mean[kept] @ matrix, matrix.T)
+
+
 def fit_by_row(
     fit: Callable[[Moments, IntArray, IntArray, float], Fit],
     moments: Moments,

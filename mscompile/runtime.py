@@ -64,7 +64,8 @@ class Session:
             if folder is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
             model = ir.to_proto(model)
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in (weights or {}).items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in (weights or {}).items()}
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         if self._weights:
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
         try:

@@ -58,11 +58,28 @@ def weightless(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, npt.N
     for tensor in skeleton.graph.initializer:
         if tensor.data_type in _SHARED and tensor.ByteSize() >= HEAVY:
             weights[tensor.name] = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
-            stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            stub.data_location = onnx.TensorProto.EXTERNAL
-            stub.external_data.append(onnx.StringStringEntryProto(key="location", value="shared"))
-            tensor.CopyFrom(stub)
+            tensor.CopyFrom(_stub(tensor.name, tensor.data_type, tensor.dims))
     return skeleton, weights
+
+
+def with_weights(model: onnx.ModelProto, given: Mapping[str, npt.NDArray[np.generic]]) -> onnx.ModelProto:
+    """Copy of a model in which inputs named in `given` are weights of those shapes and types, to be given with a session."""
+    found = onnx.ModelProto()
+    found.CopyFrom(model)
+    left = [value for value in found.graph.input if value.name not in given]
+    del found.graph.input[:]
+    found.graph.input.extend(left)
+    for name, array in given.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        found.graph.initializer.append(_stub(name, kind, array.shape))
+    return found
+
+
+def _stub(name: str, kind: int, dims: Iterable[int]) -> onnx.TensorProto:
+    stub = onnx.TensorProto(name=name, data_type=kind, dims=dims)
+    stub.data_location = onnx.TensorProto.EXTERNAL
+    stub.external_data.append(onnx.StringStringEntryProto(key="location", value="shared"))
+    return stub
 
 
 def probe(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -208,9 +225,9 @@ def tunable(model: onnx.ModelProto, readers: Iterable[str], sites: Iterable[Patc
     """Copy of a model in which the readers of the named outputs take their weights as inputs, so that many can be tried.
 
     New inputs per site: ``MATRIX + tensor``, [channels, channels], and ``SHIFT + tensor``, [channels]: every use of the
-    tensor sees ``tensor · matrix + shift`` along the channels. Per reader: of a convolution ``WEIGHT + output``, [outputs,
-    channels + 1, …], the last channel being ones inside the map; of a product ``WEIGHT + output``, as it was, and
-    ``SHIFT + output``, [outputs], added to what it gives.
+    tensor sees ``tensor · matrix + shift`` along the channels. Per reader: ``WEIGHT + output``, as it was, and
+    ``SHIFT + output``, added to what it gives: of a product [outputs], of a convolution [outputs, 1, …], through which it
+    sees a channel that is one inside the map.
     """
     graph = gs.import_onnx(model)
     for patch in sites:
@@ -222,21 +239,25 @@ def tunable(model: onnx.ModelProto, readers: Iterable[str], sites: Iterable[Patc
         given = gs.Variable(WEIGHT + name, dtype=dtype, shape=[None] * weight.values.ndim)
         graph.inputs.append(given)
         if weight.values.ndim > 2:
-            first, ones, stacked = (
-                gs.Variable(f"mscompile.{part}:{name}", dtype=dtype) for part in ("first", "ones", "all")
+            # Of one sample: the others have the same border. A channel more would not fit onnxruntime's blocks of them.
+            one, first, ones, seen = (
+                gs.Variable(f"mscompile.{part}:{name}", dtype=dtype) for part in ("one", "first", "ones", "seen")
             )
             zero = gs.Constant(f"mscompile.zero:{name}", np.zeros(1, np.int64))
             nought = gs.Constant(f"mscompile.nought:{name}", np.zeros((), dtype))
+            marks = gs.Variable(SHIFT + name, dtype=dtype, shape=[None] * weight.values.ndim)
             graph.nodes += [
-                gs.Node("Gather", inputs=[node.inputs[0], zero], outputs=[first], attrs={"axis": 1}),
+                gs.Node("Gather", inputs=[node.inputs[0], zero], outputs=[one], attrs={"axis": 0}),
+                gs.Node("Gather", inputs=[one, zero], outputs=[first], attrs={"axis": 1}),
                 gs.Node("Pow", inputs=[first, nought], outputs=[ones]),  # x⁰ = 1
-                gs.Node("Concat", inputs=[node.inputs[0], ones], outputs=[stacked], attrs={"axis": 1}),
+                gs.Node("Conv", inputs=[ones, marks], outputs=[seen], attrs=dict(node.attrs)),
             ]
-            node.inputs[0], node.inputs[1] = stacked, given
-            continue
+            graph.inputs.append(marks)
+            shift = seen
+        else:
+            shift = gs.Variable(SHIFT + name, dtype=dtype, shape=[None])
+            graph.inputs.append(shift)
         node.inputs[1] = given
-        shift = gs.Variable(SHIFT + name, dtype=dtype, shape=[None])
-        graph.inputs.append(shift)
         unshifted = gs.Variable(f"mscompile.unshifted:{name}", dtype=dtype)
         output = node.outputs[0]
         node.outputs[0] = unshifted

@@ -1,4 +1,4 @@
-"""Many candidates from one graph: readers take their weights as inputs; a candidate costs no rewriting and no session.
+"""Many candidates from one graph: readers take their weights from outside; a candidate costs no rewriting.
 
 What a candidate does here is what its compiled file does, to rounding: replaced channels are there, and are multiplied by
 zeros. It serves to choose; what is chosen is compiled, proved and measured as a file.
@@ -6,12 +6,13 @@ zeros. It serves to choose; what is chosen is compiled, proved and measured as a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from mscompile.data import Samples
@@ -21,10 +22,13 @@ from mscompile.interventions import Intervened, Setting
 from mscompile.metrics import Metric, default_metric
 from mscompile.plan import SitePlan
 from mscompile.refits import Target
-from mscompile.runtime import Arrays
+from mscompile.runtime import Arrays, Session
 from mscompile.scm import Reader, Site
-from mscompile.surgery import MATRIX, SHIFT, WEIGHT, Patch, tunable
+from mscompile.surgery import MATRIX, SHIFT, WEIGHT, Patch, patched, tunable, weightless, with_weights
 from mscompile.windows import view_of, window_name
+
+HELD_BYTES = 1 << 28
+"""Activations kept between candidates, at most; more are computed again."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,31 @@ class Point:
     def iia(self) -> float:
         """Share of interchanges after which both models answer the same."""
         return 1.0 - self.disagreements / max(self.trials, 1)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A batch of interchanges before any candidate is known.
+
+    Attributes
+    ----------
+    inputs
+        The bases.
+    values
+        The sources' values by site tensor.
+    units
+        [trials, channels] random numbers by site tensor.
+    places
+        [trials] random numbers that draw the site.
+    plain
+        Output of the dense model on the bases.
+    """
+
+    inputs: Arrays
+    values: Arrays
+    units: Mapping[str, npt.NDArray[np.float32]]
+    places: npt.NDArray[np.float64]
+    plain: npt.NDArray[Any]
 
 
 class Sweep:
@@ -58,58 +87,83 @@ class Sweep:
         names = [
             window_name(reader) for site in source.sites for reader in site.readers if view_of(site, reader) is not None
         ]
-        self.dense = Intervened(proto, self.patches)
-        self.tuned = Intervened(tunable(proto, names, mixed), self.patches)
+        # Nothing is compared for equality here: onnxruntime may rewrite.
+        self.dense = Intervened(proto, self.patches, optimise=True)
         self.output = compared_output(proto)
-        self._dense: dict[str, npt.NDArray[Any]] = {}
+        self._opened: dict[tuple[str, int], list[Opened]] = {}
+        self._fed: dict[str, tuple[SitePlan, Arrays]] = {}
         self._whole: Arrays = {}
         for site in source.sites:
             self._whole |= _feed(site, None)
+        # Weights that are no inputs let onnxruntime lay convolutions out for speed, worth far more than a session costs.
+        self._plain, self._shared = weightless(with_weights(tunable(proto, names, mixed), self._whole))
+        self._patched = patched(self._plain, self.patches)
         first = next(samples.batches(min(batch_size, len(samples))))
         self.metric = metric or default_metric(self.dense.read(first, [self.output])[self.output])
 
     def outputs(self, samples: Samples, names: Sequence[str], plans: Sequence[SitePlan] | None = None) -> Arrays:
         """Outputs of a candidate, or of the dense model."""
-        model = self.dense if plans is None else self.tuned
-        weights = {} if plans is None else self._feed(plans)
-        found = [model.read({**batch, **weights}, names) for batch in samples.batches(self.batch_size)]
+        model = self.dense.read if plans is None else self._session(self._plain, plans).run
+        found = [model(batch, names) for batch in samples.batches(self.batch_size)]
         return {name: np.concatenate([part[name] for part in found]) for name in names}
 
     def measure(self, plans: Sequence[SitePlan], samples: Samples, *, law: Law, swap: float, seed: int) -> Point:
-        """Interchange under a law over disjoint pairs of samples, as `Interchange` does, and agreement on all of them."""
-        weights, kept = self._feed(plans), {plan.tensor: plan.kept for plan in plans}
-        patches = [patch for patch in self.patches if patch.tensor in kept]
-        sizes = {site.tensor: site.size for site in self.source.sites}
-        draws = Draws(seed, [sizes[patch.tensor] for patch in patches])
+        """Interchange under a law over disjoint pairs of samples, as `Interchange` does, and agreement on their bases."""
+        kept = {plan.tensor: plan.kept for plan in plans}
+        still, swapped = (self._session(graph, plans) for graph in (self._plain, self._patched))
+        places = {patch.tensor: i for i, patch in enumerate(p for p in self.patches if p.tensor in kept)}
+        trials, lost, differ = 0, 0.0, 0.0
+        for batch in self._open(samples, seed):
+            drawn = (batch.places * len(places)).astype(np.int64)
+            settings: dict[str, Setting] = {}
+            for tensor, place in places.items():
+                unit = batch.units[tensor]
+                mask = np.zeros(unit.shape, dtype=np.bool_)
+                mask[:, kept[tensor]] = unit[:, kept[tensor]] < swap
+                if law == "one-site":
+                    mask &= (drawn == place)[:, None]
+                settings[tensor] = mask, batch.values[tensor]
+            feeds = self.dense.feeds(batch.inputs, settings)
+            dense = self.dense.run(batch.inputs, settings, [self.output])[self.output]
+            tuned = swapped.run(feeds, [self.output])[self.output]
+            plain = still.run(batch.inputs, [self.output])[self.output]
+            trials += len(batch.places)
+            lost += float(self.metric.loss(dense, tuned).sum())
+            differ += float(self.metric.loss(batch.plain, plain).sum())
+        return Point(trials, lost, 1.0 - differ / max(trials, 1))
+
+    def _open(self, samples: Samples, seed: int) -> Iterator[Opened]:
+        """What interchanges of `samples` need that no candidate changes; kept while it is small."""
+        key = samples.sha256, seed
+        if key in self._opened:
+            yield from self._opened[key]
+            return
         base, source = disjoint_pairs(len(samples), seed)
-        lost = 0.0
+        tensors = [patch.tensor for patch in self.patches]
+        sizes = {site.tensor: site.size for site in self.source.sites}
+        draws, found, held = Draws(seed, [sizes[tensor] for tensor in tensors]), [], 0
         for start in range(0, len(base), self.batch_size):
             rows = slice(start, min(start + self.batch_size, len(base)))
-            places, numbers = draws.take(rows.start, rows.stop)
-            drawn = (places * len(patches)).astype(np.int64)
-            values = self.dense.read(samples.take(source[rows]).inputs, [patch.tensor for patch in patches])
-            settings: dict[str, Setting] = {}
-            for number, (patch, unit) in enumerate(zip(patches, numbers, strict=True)):
-                mask = np.zeros(unit.shape, dtype=np.bool_)
-                mask[:, kept[patch.tensor]] = unit[:, kept[patch.tensor]] < swap
-                if law == "one-site":
-                    mask &= (drawn == number)[:, None]
-                settings[patch.tensor] = mask, values[patch.tensor]
+            places, units = draws.take(rows.start, rows.stop)
             inputs = samples.take(base[rows]).inputs
-            dense = self.dense.run(inputs, settings, [self.output])[self.output]
-            tuned = self.tuned.run({**inputs, **weights}, settings, [self.output])[self.output]
-            lost += float(self.metric.loss(dense, tuned).sum())
-        if samples.sha256 not in self._dense:
-            self._dense[samples.sha256] = self.outputs(samples, [self.output])[self.output]
-        plain = self.outputs(samples, [self.output], plans)[self.output]
-        agreement = 1.0 - float(self.metric.loss(self._dense[samples.sha256], plain).mean())
-        return Point(len(base), lost, agreement)
+            values = self.dense.read(samples.take(source[rows]).inputs, tensors)
+            plain = self.dense.read(inputs, [self.output])[self.output]
+            batch = Opened(inputs, values, dict(zip(tensors, units, strict=True)), places, plain)
+            held += sum(array.nbytes for array in (*inputs.values(), *values.values()))
+            if held <= HELD_BYTES:
+                found.append(batch)
+            yield batch
+        if held <= HELD_BYTES:
+            self._opened[key] = found
 
-    def _feed(self, plans: Sequence[SitePlan]) -> Arrays:
-        found = dict(self._whole)
+    def _session(self, graph: onnx.ModelProto, plans: Sequence[SitePlan]) -> Session:
+        """A graph with the weights of a candidate."""
+        given = dict(self._whole)
         for plan in plans:
-            found |= _feed(self.source.scm.site(plan.tensor), plan)
-        return found
+            if plan.tensor not in self._fed or self._fed[plan.tensor][0] is not plan:
+                self._fed[plan.tensor] = plan, _feed(self.source.scm.site(plan.tensor), plan)
+            given |= self._fed[plan.tensor][1]
+        return Session(graph, weights={**self._shared, **given})
 
 
 def _by_weights(site: Site) -> bool:
@@ -151,8 +205,21 @@ def _weights(site: Site, reader: Reader, plan: SitePlan | None) -> Arrays:
     name, dense = window_name(reader), _array(reader.weight)
     if plan is None:
         if window.kernel:
-            return {WEIGHT + name: np.concatenate([dense, np.zeros_like(dense[:, :1])], axis=1)}
+            return {WEIGHT + name: dense, SHIFT + name: np.zeros_like(dense[:, :1])}
         return {WEIGHT + name: dense, SHIFT + name: np.zeros(dense.shape[1 - reader.axis], dense.dtype)}
+    if not window.kernel and all(given.reader != name for given in plan.windows):
+        # As below, without leaving the precision of the weight.
+        matrix = np.array(np.moveaxis(dense, reader.axis, 0))
+        places = np.argsort(reader.index, kind="stable").reshape(site.size, window.taps)
+        lost = matrix[places[plan.replaced]]
+        matrix[places[plan.replaced]] = 0.0
+        if plan.affine is not None:
+            matrix[places[plan.kept]] += np.tensordot(plan.affine.T, lost, 1).astype(dense.dtype)
+        shift = linear.gain * np.tensordot(plan.constants, lost, 1).sum(axis=0)
+        return {
+            WEIGHT + name: np.ascontiguousarray(np.moveaxis(matrix, 0, reader.axis)),
+            SHIFT + name: shift.astype(dense.dtype),
+        }
     target = Target(site, reader, window, plan, np.zeros(site.size))
     weights, taps, retained = target.weights(), window.taps, len(plan.kept)
     columns, response = weights[: retained * taps], weights[retained * taps :]
@@ -164,7 +231,8 @@ def _weights(site: Site, reader: Reader, plan: SitePlan | None) -> Arrays:
             full[-1] = response
         else:  # without padding ones are everywhere: any tap carries them
             full[-1, 0] = response[0]
-        return {WEIGHT + name: full.transpose(2, 0, 1).reshape(outputs, site.size + 1, *window.kernel).astype(dense.dtype)}
+        filters = full.transpose(2, 0, 1).reshape(outputs, site.size + 1, *window.kernel).astype(dense.dtype)
+        return {WEIGHT + name: filters[:, :-1], SHIFT + name: filters[:, -1:]}
     places = np.argsort(reader.index, kind="stable").reshape(site.size, taps)
     matrix = np.zeros((len(reader.index), outputs))
     matrix[places[plan.kept].ravel()] = columns

@@ -15,6 +15,7 @@ from mscompile.costs import Costs
 from mscompile.data import read
 from mscompile.dense import DenseModel, open_dense
 from mscompile.errors import GoalError, UsageError
+from mscompile.frontier import ENOUGH, ladder
 from mscompile.goals import Curve, descend, make_curve, probed, reach, widths
 from mscompile.latency import LatencyTable
 from mscompile.models import path as shipped
@@ -215,3 +216,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     result = compile_model(mlp(), {"x": samples()}, None, Options(params=0.7))
     assert any("latency table" in warning for warning in result.report.warnings)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1000, 24), (40, 24), (23, 22), (6, 5)])
+def test_a_ladder_has_enough_rungs_where_there_are_as_many_steps(steps: int, expected: int) -> None:
+    sizes = np.linspace(1.0, 0.03, steps).tolist()
+    found = ladder(sizes)
+    assert found == sorted(set(found))
+    assert 0 not in found
+    assert len(found) == expected
+    assert len(found) >= min(ENOUGH, steps - 1)

@@ -15,6 +15,7 @@ from mscompile.candidates import Workshop
 from mscompile.clock import Clock
 from mscompile.data import read
 from mscompile.dense import open_dense
+from mscompile.interchange import disjoint_pairs
 from mscompile.models import path as shipped
 from mscompile.preparation import eliminate, split, what_to_measure
 from mscompile.recalibration import recalibrate
@@ -189,7 +190,9 @@ def test_a_candidate_does_what_its_file_does(digits: Workshop, share: float, law
     point = sweep.measure(digits.plans(counts), held, law=law, swap=0.1, seed=0)
     fidelity = candidate.interchange.run(held, law=law, swap=0.1, seed=0, delta=0.05)
     assert (point.trials, point.iia) == (fidelity.trials, pytest.approx(fidelity.iia, abs=1.5 / fidelity.trials))
-    assert point.agreement == pytest.approx(candidate.interchange.plain(held)["agreement"], abs=1.5 / len(held))
+    bases = held.take(disjoint_pairs(len(held), 0)[0])
+    assert point.agreement == pytest.approx(candidate.interchange.plain(bases)["agreement"], abs=1.5 / len(bases))
+    assert sweep.measure(digits.plans(counts), held, law=law, swap=0.1, seed=0) == point
 
 
 def test_a_candidate_of_nothing_is_the_dense_model(digits: Workshop) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mscompile.replacements import PARENTS, RIDGE, Fit, fit_affine, fit_parents
+from mscompile.replacements import PARENTS, RIDGE, Factor, Fit, fit_affine, fit_parents
 from mscompile.statistics import Curvature, Moments, Statistics, Window, WindowMoments
 from mscompile.windows import FEWEST_ROWS, determined, fit_window
 
@@ -53,6 +53,23 @@ def split(rng: np.random.Generator, channels: int, keep: int) -> tuple[npt.NDArr
 
 def close(found: Any, wanted: Any, tolerance: float) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("swap", [0.0, 0.1, 1.0])
+def test_one_factor_gives_the_fits_of_an_order(swap: float) -> None:
+    rng = np.random.default_rng(0)
+    moments = moments_of(correlated(rng, 400, 12), correlated(rng, 400, 12))
+    order = rng.permutation(12)
+    factor = Factor.make(moments, swap, order)
+    assert factor is not None
+    for count in (1, 5, 11):
+        kept, replaced = np.sort(order[:count]), np.sort(order[count:])
+        assert factor.fits(kept, swap)
+        assert not factor.fits(kept, 0.5)
+        found, wanted = factor.fit(kept, replaced), fit_affine(moments, kept, replaced, swap)
+        close(found.matrix, wanted.matrix, RIDGES)
+        close(found.constants, wanted.constants, RIDGES)
+    assert not factor.fits(np.sort(order[1:6]), swap)
 
 
 # --- channels at one position -----------------------------------------------------------------------------------------
