@@ -54,9 +54,9 @@ class Intervened:
         self.digits = next((digits for kind, digits in narrow.items() if kind in kinds), None)
         tensors = [patch.tensor for patch in patches]
         self.outputs = [output.name for output in model.graph.output]
-        self._plain = Session(probe(skeleton, tensors), optimise=optimise, weights=weights)
+        self._plain = Session(probe(skeleton, tensors), optimise=optimise, spin=False, weights=weights)
         graph = patched(skeleton, patches)
-        self._patched = Session(graph, optimise=optimise, weights=weights)
+        self._patched = Session(graph, optimise=optimise, spin=False, weights=weights)
         self._dtypes = {
             i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in graph.graph.input
         }

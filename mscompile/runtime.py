@@ -36,6 +36,9 @@ class Session:
         rounding, and now and then more than that.
     threads
         Threads per operator; onnxruntime's own choice if None.
+    spin
+        Whether idle threads wait busily, as onnxruntime does by default: quick on an idle machine, on a busy one a waste of
+        what others, and other sessions, could use.
     weights
         Initializers that the graph names as external and does not hold, see `surgery.weightless`; they are not copied.
 
@@ -51,6 +54,7 @@ class Session:
         *,
         optimise: bool = True,
         threads: int | None = None,
+        spin: bool = True,
         weights: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         options = ort.SessionOptions()
@@ -59,6 +63,8 @@ class Session:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not spin:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if isinstance(model, ir.Model):
             folder = _external_folder(model)
             if folder is not None:

@@ -163,7 +163,7 @@ class Sweep:
             if plan.tensor not in self._fed or self._fed[plan.tensor][0] is not plan:
                 self._fed[plan.tensor] = plan, _feed(self.source.scm.site(plan.tensor), plan)
             given |= self._fed[plan.tensor][1]
-        return Session(graph, weights={**self._shared, **given})
+        return Session(graph, spin=False, weights={**self._shared, **given})
 
 
 def _by_weights(site: Site) -> bool:
