@@ -507,6 +507,7 @@ class _Step:
                         self.walk.sets.unite_along(along.reshape(count, -1), 1)
                     else:
                         self.walk.blocks.append(Block(along.reshape(count, -1), np.full(count, -1, dtype=np.int64)))
+                        self.keep_rows([(along.reshape(count, -1), 0)], "needs a channel in each of its blocks")
 
 
 def _says_too_little(node: ir.Node, found: Signature) -> bool:

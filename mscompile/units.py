@@ -128,7 +128,7 @@ def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Co
         changed = False
         for block, counted in zip(blocks, counts, strict=True):
             rows = [row for row, head in zip(counted, block.heads.tolist(), strict=True) if head not in gone]
-            most = max(1, *(_left(row, chosen) for row in rows))
+            most = max([1, *(_left(row, chosen) for row in rows)])
             for row in rows:
                 if (count := _left(row, chosen)) < most:
                     changed = True

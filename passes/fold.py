@@ -28,22 +28,22 @@ class FoldReplacements(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run the pass."""
-        scm, modified = read_scm(model), False
-        for replacement in replacements(model.graph):
-            value = replacement.node.outputs[0]
-            site = next((s for s in scm.sites if s.tensor == value.name), None)
-            if site is None or site.axis != replacement.axis:
-                continue
-            if not {use.node for use in value.uses()} <= site.entries:
-                continue
-            for reader in site.readers:
-                fold_into(model.graph, scm, reader, replacement)
+        scm = read_scm(model)
+        sites = {site.tensor: site for site in scm.sites}
+        found = [(r, sites[r.tensor]) for r in replacements(model.graph) if r.tensor in sites]
+        found = [(r, s) for r, s in found if s.axis == r.axis and {use.node for use in r.value.uses()} <= s.entries]
+        for (
+            replacement,
+            site,
+        ) in found:  # queries first: what is folded into a reader may give it a bias that they do not know of
             for pairing in site.pairings:
                 fold_into_queries(model.graph, pairing, replacement)
-            value.replace_all_uses_with(replacement.node.inputs[0])  # type: ignore[arg-type]
+        for replacement, site in found:
+            for reader in site.readers:
+                fold_into(model.graph, scm, reader, replacement)
+            replacement.value.replace_all_uses_with(replacement.node.inputs[0])  # type: ignore[arg-type]
             model.graph.remove(replacement.node, safe=True)
-            modified = True
-        return ir.passes.PassResult(model, modified)
+        return ir.passes.PassResult(model, bool(found))
 
 
 def fold_into(graph: ir.Graph, scm: Scm, reader: Reader, replacement: Replacement) -> None:

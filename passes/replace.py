@@ -29,6 +29,16 @@ class Replacement:
     node: ir.Node
 
     @property
+    def value(self) -> ir.Value:
+        """What the readers read."""
+        return self.node.outputs[0]
+
+    @property
+    def tensor(self) -> str:
+        """Its name."""
+        return self.value.name or ""
+
+    @property
     def axis(self) -> int:
         """Channel axis."""
         return self.node.attributes["axis"].as_int()

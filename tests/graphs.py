@@ -1208,4 +1208,39 @@ GRAPHS = {
         }""",
         ["a: k[2] 8 > pairs of score", "b: h[2] 8 > y"],
     ),
+    "attention over units": (
+        """(float[N,5,4] x) => (float[N,5,3] y)
+        <float[4,6] wu, float[6,8] wq, float[6,8] wk, float[6,8] wv, int64[4] heads = {0, 0, 2, 4},
+         int64[3] flat = {0, 0, 8}, float scale = {0.5}, float[8,3] wo> {
+            u0 = MatMul(x, wu)
+            u = Tanh(u0)
+            q0 = MatMul(u, wq)
+            q = Identity(q0)
+            qh = Reshape(q, heads)
+            qt = Transpose<perm=[0,2,1,3]>(qh)
+            k = MatMul(u, wk)
+            kh = Reshape(k, heads)
+            kt = Transpose<perm=[0,2,3,1]>(kh)
+            v = MatMul(u, wv)
+            vh = Reshape(v, heads)
+            vt = Transpose<perm=[0,2,1,3]>(vh)
+            [score] s0 = MatMul(qt, kt)
+            s = Mul(s0, scale)
+            p = Softmax<axis=-1>(s)
+            o = MatMul(p, vt)
+            ot = Transpose<perm=[0,2,1,3]>(o)
+            h = Reshape(ot, flat)
+            y = MatMul(h, wo)
+        }""",
+        ["a: u[2] 6 > q0, k, v", "b: k[2] 8 > pairs of score", "c: h[2] 8 > y"],
+    ),
+    "groups of one channel": (
+        """(float[N,3,6,6] x) => (float[N,5,A,B] y)
+        <float[8,3,1,1] w1, float[2,4,3,3] w2, float[5,2,1,1] w3> {
+            h = Conv(x, w1)
+            k = Conv<group=2>(h, w2)
+            y = Conv(k, w3)
+        }""",
+        ["a: h[1] 8 > k", "b: k[1] 2 > y ! Conv 'k' needs a channel in each of its blocks"],
+    ),
 }
