@@ -14,7 +14,7 @@ import onnx_ir as ir
 from mscompile import data as data_module
 from mscompile.data import InputSpec, Samples, Source
 from mscompile.errors import ResourceError, UnsupportedError, UsageError
-from mscompile.files import LARGEST, external_tensors, from_proto, load_model, weight_bytes
+from mscompile.files import external_files, from_proto, load_model, read_weights, weight_bytes
 from mscompile.inspection import inspect_scm
 from mscompile.operators.backward import FLOATS
 from mscompile.options import Options
@@ -22,6 +22,7 @@ from mscompile.passes import CANONICALISE
 from mscompile.plan import selectable
 from mscompile.scm import Scm, Site, read_scm, size_of
 from mscompile.scores import OBJECTIVES
+from mscompile.wire import LARGEST
 
 Model = str | Path | onnx.ModelProto | ir.Model
 
@@ -124,7 +125,7 @@ def open_dense(model: Model, only: str | None = None, freeze: str | None = None)
         loaded = from_proto(proto)  # type: ignore[arg-type]
         sha256 = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()  # type: ignore[union-attr]
     specs = tuple(_specs(loaded))
-    external = tuple(sorted({Path(tensor.path) for tensor in external_tensors(loaded)}))
+    external = tuple(external_files(loaded))
     CANONICALISE(loaded)
     scm = read_scm(loaded)
     return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs, external)
@@ -140,7 +141,7 @@ def into_memory(model: ir.Model) -> ir.Model:
             why=f"its weights take {size / 2**30:.1f} GiB; models are run from memory, where protobuf ends at 2 GiB",
             hint="compile a smaller model, or its parts one by one",
         )
-    return ir.external_data.load_to_model(model)
+    return read_weights(model)
 
 
 def check_outputs(source: DenseModel) -> None:

@@ -5,46 +5,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mscompile.errors import ModelError, MscompileError, ResourceError, UnsupportedError, UsageError, VerificationError
+from mscompile.errors import MscompileError, ResourceError, UnsupportedError, UsageError, VerificationError
+from mscompile.topology import check_expansion, name_nodes, sort_nodes
+from mscompile.vetting import (
+    Stored,
+    check_repeatable,
+    check_tensors,
+    check_versions,
+    identity,
+    rejected,
+    without_weights,
+)
+from mscompile.wire import parse, read_bytes
 
 LISTED = 4
 """IR version before which every initializer had to be listed as an input as well, and none could be overridden."""
 INLINE_LIMIT = 1 << 30
 """Bytes of weights above which they go to an external file (protobuf ends at 2 GiB)."""
-LARGEST = (1 << 31) - 1
-"""Bytes at which protobuf ends."""
-MOST_NODES = 1_000_000
-"""Nodes of a model with its functions written out, at most."""
-LEFT_OUT = "mscompile.left_out"
-"""Key of an `ir.Model.meta` entry: what the file holds and onnx-ir does not take over."""
-OLDEST_OPSET = 7
-"""Opset from which operators broadcast like numpy; before it, axis signatures would be wrong."""
-
-_LOOKALIKES = tuple(
-    (re.compile(pattern, re.DOTALL), kind, hint)
-    for pattern, kind, hint in (
-        (rb"version https://git-lfs", "a Git LFS pointer", "fetch the real file with `git lfs pull`"),
-        (rb"(\xef\xbb\xbf)?\s*<", "HTML or XML text", "the download may have failed: fetch the file again"),
-        (rb"(\xef\xbb\xbf)?\s*[{\[]", "JSON text", "export the network to a binary .onnx file"),
-        (rb"PK\x03\x04", "a zip archive (a torch checkpoint, or a packed model)", "export or unpack it to .onnx first"),
-        (rb"\x1f\x8b|BZh|\xfd7zXZ|.{257}ustar", "a compressed or tar archive", "unpack it first"),
-        (rb"\x80[\x02-\x05]", "a pickle", "export the network to ONNX first"),
-        (rb".{4}ORTM", "a model in onnxruntime's own ORT format", "give the .onnx file that it was made from"),
-        (rb".{4}TFL3", "a TensorFlow Lite model", "convert it to ONNX first"),
-        (rb"\x89HDF", "an HDF5 file", "convert it to ONNX first"),
-        (rb".{8}\{\"", "a safetensors file: weights without a graph", "give the exported .onnx file"),
-    )
-)
+NOTES = "mscompile.notes"
+"""Key of an `ir.Model.meta` entry: sentences on what was changed in reading the file, or will be lost."""
+STORED = "mscompile.stored"
+"""Key of an `ir.Model.meta` entry: the external files, see `vetting.Stored`."""
 
 
 def load_model(path: str | Path) -> tuple[ir.Model, str]:
@@ -65,57 +55,23 @@ def load_model(path: str | Path) -> tuple[ir.Model, str]:
         Its opset is too old or unknown to the installed onnx.
     """
     path = Path(path)
-    content = _read(path)
-    try:
-        proto = onnx.ModelProto.FromString(content)
-    except Exception as error:
-        raise _no_model(path, content, "it cannot be parsed as protobuf", "it may be truncated: export it again") from error
-    if not proto.HasField("graph") or not proto.graph.node or not proto.opset_import:
-        raise _no_model(path, content, "it holds no graph with nodes and an opset", "export it again")
-    model = from_proto(proto, path)
+    content = read_bytes(path)
+    model = from_proto(parse(content, path), path)
     return model, digest(content, model)
 
 
-def _read(path: Path) -> bytes:
-    """Bytes of a file that may be an ONNX model."""
-    size = check_regular(path)
-    if size == 0:
-        raise _rejected(path, "the file is empty", "export or download it again")
-    if size > LARGEST:
-        why = f"it has {size} bytes; protobuf ends at {LARGEST}"
-        raise _rejected(path, why, "export it again with its weights in an external file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _rejected(path, error.strerror or str(error), "check the permissions of the file") from error
-
-
-def check_regular(path: Path) -> int:
-    """Size of a model's file; refuses what is not there, and what is no regular file."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise UsageError("there is no such model file", where=str(path), why=why, hint="check the path") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise _rejected(path, "it is not a regular file", "give the path of an .onnx file")
-    return status.st_size
-
-
-def _no_model(path: Path, content: bytes, why: str, hint: str) -> ModelError:
-    """The refusal of bytes that are no model, saying what they look like instead."""
-    for pattern, kind, advice in _LOOKALIKES:
-        if pattern.match(content):
-            return _rejected(path, f"the file is {kind}", advice)
-    return _rejected(path, why, hint)
-
-
 def from_proto(proto: onnx.ModelProto, path: Path | None = None) -> ir.Model:
-    """Read a ModelProto, after onnx's own checker has accepted it."""
+    """Read a ModelProto, vetted and then accepted by onnx's own checker; nodes are sorted and named where they are not.
+
+    The checker is given the model without its weights, and without names of files.
+    """
     where = path if path is not None else Path(proto.graph.name[:80] or "model")
-    _check_versions(proto, where)
+    check_versions(proto, where)
     if not proto.graph.output:
-        raise _rejected(where, "its graph has no outputs", "export it again")
+        raise rejected(where, "its graph has no outputs", "export it again")
+    check_expansion(proto, where)
+    stored = check_tensors(proto, path, where)
+    check_repeatable(proto, where)
     if proto.graph.sparse_initializer:
         raise UnsupportedError(
             "the model has sparse weights",
@@ -123,84 +79,34 @@ def from_proto(proto: onnx.ModelProto, path: Path | None = None) -> ir.Model:
             why=f"{len(proto.graph.sparse_initializer)} initializers are stored as sparse tensors",
             hint="export it with dense weights",
         )
-    if path is None and any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
-        why = "its weights lie in external files, and a ModelProto does not say in which folder"
-        raise _rejected(where, why, "give the path of the file, or load the weights with onnx.load")
-    _check_expansion(proto, where)
+    skeleton = without_weights(proto)
+    unsorted = sort_nodes(skeleton, where)
     try:
-        # By path where there is one, so that external data is looked for beside the file.
-        onnx.checker.check_model(str(path) if path is not None and _is_text(path) else proto)
+        onnx.checker.check_model(skeleton)
         model = ir.from_proto(proto)
+        if unsorted:
+            common.TopologicalSortPass()(model)
     except Exception as error:
         reason = " ".join(str(_cause(error)).split())[:400]
         if "No Op registered" in reason or "No opset import" in reason:
             raise UnsupportedError(
                 "the model uses an operator unknown to onnx", where=str(where), why=reason, hint="export without it"
             ) from error
-        raise _rejected(where, reason, "export it again, or repair what the checker names") from error
-    model.meta[LEFT_OUT] = [
-        kind
-        for kind, found in (
-            ("training information", proto.training_info),
-            ("quantization annotations", proto.graph.quantization_annotation),
-        )
-        if found
-    ]
-    if path is not None:
-        ir.external_data.set_base_dir(model.graph, str(path.resolve().parent))
+        raise rejected(where, reason, "export it again, or repair what the checker names") from error
+    notes = ["nodes were sorted: the file has some before what they read"] if unsorted else []
+    notes += name_nodes(model)
+    for kind, found in (
+        ("training information", proto.training_info),
+        ("quantization annotations", proto.graph.quantization_annotation),
+    ):
+        if found:
+            notes.append(f"{kind} in the model will not be in the compiled one")
+    model.meta[NOTES], model.meta[STORED] = notes, stored
+    if stored.folder is not None:
+        ir.external_data.set_base_dir(model.graph, str(stored.folder))
+        for function in model.functions.values():
+            ir.external_data.set_base_dir(function.graph, str(stored.folder))
     return model
-
-
-def _check_expansion(proto: onnx.ModelProto, where: Path) -> None:
-    """Count the nodes of the graph with all functions written out: libraries inline them before anything else."""
-    functions = {(f.domain, f.name, f.overload): f.node for f in proto.functions}
-    sizes: dict[tuple[str, str, str], int] = {}
-
-    def size(nodes: Iterable[onnx.NodeProto], path: frozenset[tuple[str, str, str]]) -> int:
-        total = 0
-        for node in nodes:
-            key = (node.domain, node.op_type, node.overload)
-            total += 1 + sum(size(a.g.node, path) + sum(size(g.node, path) for g in a.graphs) for a in node.attribute)
-            if key in functions and key not in path:  # what calls itself is refused by the checker
-                if key not in sizes:
-                    sizes[key] = size(functions[key], path | {key})
-                total += sizes[key]
-        return total
-
-    total = size(proto.graph.node, frozenset()) if functions else 0
-    if total > MOST_NODES:
-        raise ResourceError(
-            "the model is too large",
-            where=str(where),
-            why=f"its functions expand to {total:,} nodes; at most {MOST_NODES:,} are taken",
-            hint="export it without nested functions",
-        )
-
-
-def _is_text(path: Path) -> bool:
-    """Whether onnx can be given the path: it takes no bytes that are not UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_versions(proto: onnx.ModelProto, where: Path) -> None:
-    newest, newest_ir = onnx.defs.onnx_opset_version(), int(onnx.IR_VERSION)
-    opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    opset = opsets.get("", opsets.get("ai.onnx", newest))
-    upgrade = f"upgrade onnx, of which {onnx.__version__} is installed, or export for an older version"
-    if proto.ir_version > newest_ir:
-        why = f"it has IR version {proto.ir_version}; supported are up to {newest_ir}"
-        raise UnsupportedError("the model's format is not supported", where=str(where), why=why, hint=upgrade)
-    if not OLDEST_OPSET <= opset <= newest:
-        raise UnsupportedError(
-            "the model's opset is not supported",
-            where=str(where),
-            why=f"it imports opset {opset}; supported are {OLDEST_OPSET} to {newest}",
-            hint=upgrade if opset > newest else "convert it with onnx.version_converter, or export it again",
-        )
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -210,25 +116,46 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _rejected(path: Path, why: str, hint: str) -> ModelError:
-    return ModelError("the model was rejected", where=str(path), why=why, hint=hint)
+def read_weights(model: ir.Model) -> ir.Model:
+    """Read the weights that lie in external files into memory, in place.
+
+    Raises
+    ------
+    ModelError
+        One of the files is no longer what it was when the model was loaded.
+    """
+    stored = model.meta.get(STORED, Stored(None))
+    ir.external_data.load_to_model(model)
+    for path in stored.files:
+        with _unchanged(path, stored):
+            pass
+    return model
 
 
-def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    """Tensors of the model that lie in external files."""
-    return [
-        value.const_value
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
+@contextlib.contextmanager
+def _unchanged(path: Path, stored: Stored) -> Iterator[BufferedReader]:
+    """An external file opened, which must still be the one that was vetted, and be it when closed."""
+    changed = rejected(path, "the file changed while it was read", "run again when nothing writes to it")
+    try:
+        with path.open("rb") as file:
+            before = identity(os.fstat(file.fileno()))
+            yield file
+            if not before == identity(os.fstat(file.fileno())) == stored.files[path]:
+                raise changed
+    except OSError as error:
+        raise changed from error
+
+
+def external_files(model: ir.Model) -> list[Path]:
+    """Files beside the model's own that its tensors lie in, sorted."""
+    return sorted(model.meta.get(STORED, Stored(None)).files)
 
 
 def digest(content: bytes, model: ir.Model) -> str:
     """Sha256 over the file's bytes and, in order of their names, its external files."""
     total = hashlib.sha256(content)
-    for path in sorted({Path(tensor.path) for tensor in external_tensors(model)}):
-        with path.open("rb") as file:
+    for path in external_files(model):
+        with _unchanged(path, model.meta[STORED]) as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 

@@ -12,7 +12,7 @@ from mscompile.clock import Clock
 from mscompile.data import Source
 from mscompile.dense import Model, check_outputs, find_data, into_memory, nothing_to_cut, open_dense
 from mscompile.errors import GoalError, UsageError
-from mscompile.files import LEFT_OUT, check_regular, data_file, is_large, output_conflict, save_model, staged
+from mscompile.files import NOTES, data_file, is_large, output_conflict, save_model, staged
 from mscompile.inspection import Inspection, inspect_scm
 from mscompile.options import Options
 from mscompile.plan import Plan
@@ -20,6 +20,7 @@ from mscompile.report import Report
 from mscompile.reporting import build_report, stamp
 from mscompile.runtime import Progress, no_progress
 from mscompile.search import compile_from_data, compile_from_weights
+from mscompile.wire import check_regular
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def compile_model(
     if source.batch:
         options = replace(options, batch_size=source.batch)
     warnings = list(samples.notes) if samples is not None else []
-    warnings += [f"{kind} in the model will not be in the compiled one" for kind in source.model.meta.get(LEFT_OUT, ())]
+    warnings += source.model.meta.get(NOTES, ())
     if "pkg.mscompile.version" in source.model.metadata_props:
         warnings.append("the model has been compiled before: it is compared with what it is now, not with its origin")
     if not source.groups:

@@ -435,7 +435,7 @@ BAD_MODELS: Mapping[str, tuple[bytes, int, str]] = {
     "unknown domain": (edited(custom), 7, "my.domain"),
     "undeclared domain": (edited(lambda m: setattr(m.graph.node[1], "domain", "my.domain")), 7, "my.domain"),
     "dangling input": (edited(lambda m: m.graph.node[0].input.__setitem__(1, "nowhere")), 3, "nowhere"),
-    "cycle": (edited(lambda m: m.graph.node[1].input.__setitem__(0, "h1")), 3, "h1"),
+    "cycle": (edited(lambda m: m.graph.node[1].input.__setitem__(0, "h1")), 3, "cycle"),
     "name produced twice": (edited(lambda m: m.graph.node.append(m.graph.node[0])), 3, "p0"),
     "initializer twice": (edited(lambda m: m.graph.initializer.append(m.graph.initializer[0])), 3, "w0"),
     "huge shape": (edited(lambda m: m.graph.initializer[0].dims.__setitem__(0, 2**40)), 3, "w0"),

@@ -341,7 +341,7 @@ def test_large_weights_go_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_models_larger_than_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     onnx.save(mlp(), tmp_path / "m.onnx")
-    for where, error in (("dense", ResourceError), ("files", ModelError)):
+    for where, error in (("dense", ResourceError), ("wire", ModelError)):
         with monkeypatch.context() as patch:
             patch.setattr(f"mscompile.{where}.LARGEST", 500)
             with pytest.raises(error):

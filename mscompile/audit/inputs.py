@@ -22,7 +22,8 @@ from mscompile.audit.report import AuditedData, AuditedFile
 from mscompile.audit.tau import METADATA
 from mscompile.data import InputSpec, Samples, Source, read
 from mscompile.errors import DataError, ResourceError, UnsupportedError, UsageError, VerificationError
-from mscompile.files import LARGEST, load_model, weight_bytes
+from mscompile.files import load_model, read_weights, weight_bytes
+from mscompile.wire import LARGEST
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def open_model(path: Path) -> AuditModel:
             why=f"its weights take {weight_bytes(model) / 2**30:.1f} GiB, and models are run from memory: at most 2",
             hint="audit its parts one by one",
         )
-    proto = ir.to_proto(ir.external_data.load_to_model(model))
+    proto = ir.to_proto(read_weights(model))
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     return AuditModel(proto, sha256, path)
