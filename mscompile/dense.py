@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from mscompile import data as data_module
 from mscompile.data import InputSpec, Samples, Source
-from mscompile.errors import ResourceError, UnsupportedError, UsageError
+from mscompile.errors import MscompileError, ResourceError, UnsupportedError, UsageError
 from mscompile.files import external_files, from_proto, load_model, read_weights, weight_bytes
 from mscompile.inspection import inspect_scm
 from mscompile.operators.backward import FLOATS
@@ -126,7 +126,12 @@ def open_dense(model: Model, only: str | None = None, freeze: str | None = None)
         sha256 = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()  # type: ignore[union-attr]
     specs = tuple(_specs(loaded))
     external = tuple(external_files(loaded))
-    CANONICALISE(loaded)
+    try:
+        CANONICALISE(loaded)
+    except ir.passes.PassError as error:
+        if isinstance(error.__cause__, MscompileError):
+            raise error.__cause__ from error
+        raise
     scm = read_scm(loaded)
     return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs, external)
 

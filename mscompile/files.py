@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mscompile.errors import MscompileError, ResourceError, UnsupportedError, Us
 from mscompile.topology import check_expansion, name_nodes, sort_nodes
 from mscompile.vetting import (
     Stored,
-    check_repeatable,
+    check_operators,
     check_tensors,
     check_versions,
     identity,
@@ -71,7 +71,7 @@ def from_proto(proto: onnx.ModelProto, path: Path | None = None) -> ir.Model:
         raise rejected(where, "its graph has no outputs", "export it again")
     check_expansion(proto, where)
     stored = check_tensors(proto, path, where)
-    check_repeatable(proto, where)
+    check_operators(proto, where)
     if proto.graph.sparse_initializer:
         raise UnsupportedError(
             "the model has sparse weights",
@@ -124,23 +124,29 @@ def read_weights(model: ir.Model) -> ir.Model:
     ModelError
         One of the files is no longer what it was when the model was loaded.
     """
-    stored = model.meta.get(STORED, Stored(None))
+    files = model.meta.get(STORED, Stored(None)).files
+    _check_files(files)
     ir.external_data.load_to_model(model)
-    for path in stored.files:
-        with _unchanged(path, stored):
-            pass
+    _check_files(files)
     return model
 
 
+def _check_files(files: Mapping[Path, tuple[int, ...]]) -> None:
+    for path, known in files.items():
+        with _opened(path, known):
+            pass
+
+
 @contextlib.contextmanager
-def _unchanged(path: Path, stored: Stored) -> Iterator[BufferedReader]:
-    """An external file opened, which must still be the one that was vetted, and be it when closed."""
+def _opened(path: Path, known: tuple[int, ...]) -> Iterator[BufferedReader]:
+    """An external file, which must be the one that was vetted, and still be when it is closed."""
     changed = rejected(path, "the file changed while it was read", "run again when nothing writes to it")
     try:
         with path.open("rb") as file:
-            before = identity(os.fstat(file.fileno()))
+            if identity(os.fstat(file.fileno())) != known:
+                raise changed
             yield file
-            if not before == identity(os.fstat(file.fileno())) == stored.files[path]:
+            if identity(os.fstat(file.fileno())) != known:
                 raise changed
     except OSError as error:
         raise changed from error
@@ -154,8 +160,8 @@ def external_files(model: ir.Model) -> list[Path]:
 def digest(content: bytes, model: ir.Model) -> str:
     """Sha256 over the file's bytes and, in order of their names, its external files."""
     total = hashlib.sha256(content)
-    for path in external_files(model):
-        with _unchanged(path, model.meta[STORED]) as file:
+    for path, known in sorted(model.meta[STORED].files.items()):
+        with _opened(path, known) as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 

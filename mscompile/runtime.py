@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mscompile.errors import MscompileError, UnsupportedError
+from mscompile.errors import MscompileError, ResourceError, UnsupportedError
+from mscompile.vetting import all_nodes
 
 Arrays = dict[str, npt.NDArray[Any]]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -22,6 +25,10 @@ def no_progress(items: Iterable[Any], description: str, total: int) -> Iterable[
     """Show nothing."""
     del description, total
     return items
+
+
+RUN_SECONDS = 600.0
+"""Time that one batch may take in a model with loops, which may never end."""
 
 
 class Session:
@@ -80,6 +87,7 @@ class Session:
             )
         except Exception as error:
             raise runtime_error("onnxruntime cannot load the model", error) from error
+        self._loops = any(node.op_type == "Loop" for node in all_nodes(model.graph.node))
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
 
     def run(self, feed: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None) -> Arrays:
@@ -87,10 +95,24 @@ class Session:
         names = list(self.outputs if outputs is None else outputs)
         options = ort.RunOptions()
         options.only_execute_path_to_fetches = outputs is not None
+        watch = threading.Timer(RUN_SECONDS, lambda: setattr(options, "terminate", True)) if self._loops else None
+        if watch is not None:
+            watch.daemon = True
+            watch.start()
         try:
             return dict(zip(names, self._session.run(names, dict(feed), options), strict=True))
         except Exception as error:
+            if options.terminate:
+                raise ResourceError(
+                    "the model takes too long",
+                    where=f"onnxruntime {ort.__version__}",
+                    why=f"a loop in it has not ended after {RUN_SECONDS:g} s",
+                    hint="bound the loop, or use a smaller --batch-size",
+                ) from error
             raise runtime_error("onnxruntime fails on the model", error) from error
+        finally:
+            if watch is not None:
+                watch.cancel()
 
     def step(self, feed: Mapping[str, npt.NDArray[Any]], state: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         """Run one batch with inputs that stay inside onnxruntime: `state` in, all outputs back, nothing copied."""
@@ -117,6 +139,13 @@ def _external_folder(model: ir.Model) -> str | None:
 def runtime_error(what: str, error: Exception) -> MscompileError:
     """An onnxruntime exception as one of ours, its text cut to the first line."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+    if re.search("[Ff]ailed to allocate|bad_alloc|bad allocation", reason):
+        return ResourceError(
+            "the model takes too much memory",
+            where=f"onnxruntime {ort.__version__}",
+            why=reason,
+            hint="use a smaller --batch-size, or a machine with more memory",
+        )
     return UnsupportedError(
         what,
         where=f"onnxruntime {ort.__version__}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -170,27 +171,26 @@ def _title(node: onnx.NodeProto) -> str:
 
 
 def name_nodes(model: ir.Model) -> list[str]:
-    """Give every node a name of its own, as onnxruntime requires; returns what was changed, in sentences."""
-    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
-    taken = {node.name for node in nodes}
-    met: set[str] = set()
-    unnamed, renamed = 0, []
-    for node in nodes:
-        if node.name and node.name not in met:
+    """Give every node of a graph a name of its own, as onnxruntime requires; returns what was changed, in sentences."""
+    renamed: list[str] = []
+    unnamed = 0
+    for graph in model.graphs():
+        taken = {node.name for node in graph}
+        met: set[str] = set()
+        numbers: dict[str, Iterator[int]] = {}
+        for node in graph:
+            if not node.name or node.name in met:
+                stem = node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type
+                name = stem
+                while name in taken:
+                    name = f"{stem}.{next(numbers.setdefault(stem, itertools.count(1)))}"
+                if node.name:
+                    renamed.append(f"{quoted(node.name)} → {quoted(name)}")
+                else:
+                    unnamed += 1
+                taken.add(name)
+                node.name = name
             met.add(node.name)
-            continue
-        stem = node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type
-        number, name = 0, stem
-        while name in taken:
-            number += 1
-            name = f"{stem}.{number}"
-        taken.add(name)
-        met.add(name)
-        if node.name:
-            renamed.append(f"{quoted(node.name)} → {quoted(name)}")
-        else:
-            unnamed += 1
-        node.name = name
     notes = []
     if renamed:
         more = f" and {len(renamed) - 3} more" if len(renamed) > 3 else ""

@@ -73,15 +73,17 @@ STATED_TRAINING = 14
 """Opset from which BatchNormalization says whether it trains; before, it does so where it has more than one output."""
 
 
-def check_repeatable(proto: onnx.ModelProto, where: Path) -> None:
-    """Refuse operators that give something else each time they are run, or in training: nothing could be measured.
+def check_operators(proto: onnx.ModelProto, where: Path) -> None:
+    """Refuse operators that load what other runtimes compiled, and those that give something else each time they are run.
 
     Raises
     ------
+    ModelError
+        There are some of the first kind, which name files.
     UnsupportedError
-        There are some.
+        There are some that are random or in training: nothing could be measured.
     """
-    nodes = [*_all_nodes(proto.graph.node), *(node for function in proto.functions for node in _all_nodes(function.node))]
+    nodes = [*all_nodes(proto.graph.node), *(node for function in proto.functions for node in all_nodes(function.node))]
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
     off = {t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.BOOL and not any(_entries_of(t))}
     for node in nodes:
@@ -89,6 +91,9 @@ def check_repeatable(proto: onnx.ModelProto, where: Path) -> None:
             off.update(node.output)
     found = []
     for node in nodes:
+        if node.op_type == "EPContext" and node.domain == "com.microsoft":
+            why = f"EPContext {quoted(node.name)} holds what a runtime has compiled for one device"
+            raise rejected(where, why, "give the model that it was made from")
         random = node.op_type in _RANDOM
         if node.op_type == "Dropout" and len(node.input) > 2:
             random = bool(node.input[2]) and node.input[2] not in off
@@ -107,13 +112,14 @@ def check_repeatable(proto: onnx.ModelProto, where: Path) -> None:
         )
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes with those of the graphs within them."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
-            yield from _all_nodes(attribute.g.node)
+            yield from all_nodes(attribute.g.node)
             for graph in attribute.graphs:
-                yield from _all_nodes(graph.node)
+                yield from all_nodes(graph.node)
 
 
 def _entries_of(tensor: onnx.TensorProto) -> Iterable[int]:

@@ -8,20 +8,19 @@ their sizes; unused nodes and initializers are dropped; nodes are sorted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mscompile.errors import UnsupportedError
 from mscompile.files import LISTED
 from mscompile.operators import Shape, is_parameter
+from mscompile.passes.budget import affordable, evaluate
 from mscompile.passes.movement import ShortenMovement
 from mscompile.passes.readers import add_parameter, array_of, name_outputs
 from mscompile.passes.shapes import FoldShapes
-from mscompile.runtime import Arrays, Session
 from mscompile.scm import captured, infer_shapes
 
 
@@ -67,10 +66,11 @@ class FoldParameters(ir.passes.InPlacePass):
             plain = node.domain in ("", "ai.onnx") and node.op_type not in IMPURE and not any(captured(node))
             if inputs and plain and all(v in fixed or is_parameter(v) for v in inputs):
                 fixed.update(dict.fromkeys(node.outputs, node))
+        fixed = affordable(model, fixed)
         wanted = [v for v in fixed if not v.is_graph_output() and any(use.node not in fixed.values() for use in v.uses())]
         if not wanted:
             return ir.passes.PassResult(model, False)
-        values = _evaluate(model, wanted)
+        values = evaluate(model, wanted)
         modified = False
         for value in (v for v in wanted if v.name in values):
             array, sources = values[value.name or ""], _sources(value, fixed)
@@ -111,16 +111,6 @@ def _sources(value: ir.Value, fixed: Mapping[ir.Value, ir.Node]) -> set[ir.Value
             elif source is not None:
                 found.add(source)
     return found
-
-
-def _evaluate(model: ir.Model, wanted: Sequence[ir.Value]) -> Arrays:
-    """Values of parameters computed from others, by onnxruntime as it would at run time; those it can compute."""
-    graph = ir.convenience.extract(model.graph, [], list(wanted))
-    try:
-        return Session(ir.Model(graph, ir_version=model.ir_version), optimise=False).run({})
-    except UnsupportedError:
-        alone = wanted if len(wanted) > 1 else ()
-        return {name: array for value in alone for name, array in _evaluate(model, [value]).items()}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from mscompile.checks import check_rows, depends_on_batch, planted_defects
 from onnx import helper, numpy_helper
 from small_models import FEATURES, mlp, samples, weight
 
+from mscompile.checks import check_rows, depends_on_batch, planted_defects
 from mscompile.errors import VerificationError
 from mscompile.interventions import Intervened
 from mscompile.surgery import Patch, weightless
