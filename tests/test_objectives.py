@@ -101,6 +101,8 @@ def test_sites_before_a_recurrent_operator_say_what_scored_them(tmp_path: Path, 
     assert "h 6 half the squared change of the readers' outputs: LSTM" in printed
     assert "has no reverse-mode rule" in printed
     assert "'h0' (1, 1, 4) has no sample axis: the same array goes with every batch" in printed
+    assert command(tmp_path / "r.onnx", "--keep", "0.5", "--replacement", "constant") == 0
+    assert list(ir.load(tmp_path / "r.ms.onnx").graph.initializers["w"].shape) == [5, 3]
 
 
 OPAQUE = {

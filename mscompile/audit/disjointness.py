@@ -17,8 +17,11 @@ Fingerprints = npt.NDArray[np.uint64]
 
 
 def fingerprints(samples: Samples) -> Fingerprints:
-    """[samples] the first 48 bits of the sha256 over each sample's inputs, in the order of their names."""
-    names = sorted(samples.inputs)
+    """[samples] the first 48 bits of the sha256 over each sample's inputs, in the order of their names.
+
+    Inputs that go with every sample tell none apart and are left out.
+    """
+    names = sorted(samples.inputs.keys() - samples.shared)
     rows = [samples.inputs[name].reshape(len(samples), -1).view(np.uint8) for name in names]
     found = np.empty(len(samples), dtype=np.uint64)
     for i in range(len(samples)):
