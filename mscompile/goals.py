@@ -31,8 +31,6 @@ STEPS = 64
 """Widths tried of a group, at most."""
 LEAST = 1 / 32
 """Share of a group's channels that is left at least."""
-FAR = 10.0
-"""Factor that measured risk is taken to be away from the predicted one at most: further, one of them is rounding."""
 PROBED = (0.75, 0.5, 0.25, 0.125)
 """Shares of the channels at which predicted risk is compared with measured risk."""
 
@@ -93,7 +91,6 @@ def make_curve(elimination: Elimination, counts: IntArray, carrier: bool, measur
         foretold = np.interp(at, counts[::-1], predicted[::-1])
         tiny = np.finfo(np.float32).tiny
         ratio = np.log(np.maximum([measured[int(n)] for n in at], tiny)) - np.log(np.maximum(foretold, tiny))
-        ratio = np.clip(ratio, -np.log(FAR), np.log(FAR))
         predicted = np.where(predicted > 0, predicted * np.exp(np.interp(counts, at, ratio)), 0.0)
     possible = np.isfinite(predicted)
     counts, risk = counts[possible], np.maximum.accumulate(predicted[possible])
