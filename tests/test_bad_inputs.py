@@ -282,31 +282,49 @@ case("B23 text", shaped(6, 16, kind=TensorProto.STRING), 3, "'w0'")
 case("B24 nan", edited(lambda m: set_weight(m, "w0", np.full((6, 16), np.nan, np.float32)), *DRY), 6, "NaN or infinite")
 
 
-def bomb(operator: str, first_input: np.ndarray, size: Any) -> Make:
-    """A model that adds up what an operator makes of two parameters, and adds it to its output."""
+def bomb(operator: str, inputs: list[str], declared: tuple[int, ...] = (), **parameters: Any) -> Make:
+    """A model that adds up what an operator makes of parameters, and adds it to its output.
+
+    The parameter `root` is squared to give `size`; `declared` is what the file says of the shape.
+    """
 
     def change(model: onnx.ModelProto) -> None:
-        inputs = [numpy_helper.from_array(np.asarray(size, np.int64), "size")]
-        if operator != "ConstantOfShape":
-            inputs.insert(0, numpy_helper.from_array(first_input, "seed"))
-        model.graph.initializer.extend(inputs)
+        model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in parameters.items())
         model.graph.node[-1].output[0] = "y0"
+        if "root" in parameters:
+            model.graph.node.append(helper.make_node("Mul", ["root", "root"], ["size"]))
         model.graph.node.extend(
             [
-                helper.make_node(operator, [t.name for t in inputs], ["blown"], name="bomb"),
-                helper.make_node("ReduceSum", ["blown"], ["total"], keepdims=0),
+                helper.make_node(operator, inputs, ["blown"], name="bomb"),
+                helper.make_node("ReduceSum", ["blown"], ["sum"], keepdims=0),
+                helper.make_node("Cast", ["sum"], ["total"], to=TensorProto.FLOAT),
                 helper.make_node("Add", ["y0", "total"], ["y"]),
             ]
         )
+        if declared:
+            model.graph.value_info.append(helper.make_tensor_value_info("blown", TensorProto.FLOAT, declared))
 
     return edited(change)
 
 
-ONE = np.ones(1, np.float32)
-case("B25 0.4 GB", bomb("ConstantOfShape", ONE, [100_000_000]), 8, "'bomb'")
-case("B25 4 TB", bomb("ConstantOfShape", ONE, [2**40]), 8, "'bomb'")
-case("B25 tile", bomb("Tile", ONE, [2**36]), 8, "'bomb'")
-case("B25 expand", bomb("Expand", ONE, [2**20, 2**20]), 8, "'bomb'")
+ONE, HUGE = np.ones(1, np.float32), np.int64(2**36)
+for _name, _make in {
+    "0.4 GB": bomb("ConstantOfShape", ["size"], size=np.array([100_000_000])),
+    "4 TB": bomb("ConstantOfShape", ["size"], size=np.array([2**40])),
+    "tile": bomb("Tile", ["a", "size"], a=ONE, size=[HUGE]),
+    "range": bomb("Range", ["from", "size", "step"], size=HUGE, step=np.int64(1), **{"from": np.int64(0)}),
+    "one-hot": bomb("OneHot", ["a", "size", "values"], a=np.zeros(4, np.int64), size=HUGE, values=np.zeros(2, np.float32)),
+    "pad": bomb("Pad", ["a", "size"], a=ONE, size=np.array([0, HUGE])),
+    "resize": bomb("Resize", ["a", "", "", "size"], a=ONE, size=[HUGE]),
+    "computed": bomb("Expand", ["a", "size"], a=ONE, root=np.array([2**18])),
+    "declared small": bomb("Expand", ["a", "size"], declared=(1,), a=ONE, root=np.array([2**18])),
+}.items():
+    case(f"B25 {_name}", _make, 8, "'bomb'")
+case(
+    "B25 small",
+    lambda folder: bomb("Expand", ["a", "size"], a=ONE, root=np.array([8]))(folder) or DRY,
+    0,
+)
 
 # --- B26-B41: graphs ----------------------------------------------------------------------------------------------------
 
