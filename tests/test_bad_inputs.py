@@ -227,6 +227,19 @@ def in_attribute(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Constant", [], ["c"], value=tensor))
 
 
+def in_place(folder: Path) -> list[str]:
+    """Weights of the first layer in a Constant, whose data lies beside the model as it should."""
+    weights(folder)
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = model.graph.initializer.pop(0)
+        stored(tensor, "w.bin")
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["w0"], value=tensor))
+
+    edited(change)(folder)
+    return DRY
+
+
 def in_branch(model: onnx.ModelProto, tensor: TensorProto | None = None) -> None:
     tensor = tensor or numpy_helper.from_array(np.ones(3, np.float32), "c")
     stored(tensor, "../outside/secret.bin")
@@ -253,6 +266,7 @@ def sparse(model: onnx.ModelProto, location: str | None = None) -> None:
 
 
 case("B17 attribute", edited(in_attribute), 3, "attribute 'value'")
+case("B17 attribute, in place", in_place, 0)
 case("B17 branch", edited(in_branch), 3, "initializer 'c'")
 case("B17 function", edited(in_function), 3, "attribute 'value'")
 case("B17 sparse", edited(lambda m: sparse(m, "../outside/secret.bin")), 3, "sparse initializer 'b0'")
