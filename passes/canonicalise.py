@@ -142,22 +142,22 @@ class SpellOutSplits(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
+ATTENTION = (("", "Attention"), ("ai.onnx", "Attention"), ("com.microsoft", "MultiHeadAttention"))
+
+
 @dataclass(frozen=True)
 class StateScales(ir.passes.InPlacePass):
     """Attention says by what it scales its scores, so that this stays when their width changes."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run the pass."""
-        nodes = [
-            n
-            for n in model.graph
-            if n.op_type == "Attention" and n.domain in ("", "ai.onnx") and "scale" not in n.attributes
-        ]
+        nodes = [n for n in model.graph if (n.domain, n.op_type) in ATTENTION and "scale" not in n.attributes]
         shapes = infer_shapes(model) if nodes else {}
         modified = False
         for node in nodes:
             query = shapes.get(node.inputs[0].name or "", ()) if node.inputs[0] is not None else ()
-            heads = node.attributes["q_num_heads"].as_int() if len(query) == 3 and "q_num_heads" in node.attributes else 1
+            stated = node.attributes.get("num_heads" if node.domain else "q_num_heads") if len(query) == 3 else None
+            heads = 1 if stated is None else stated.as_int()
             if query and isinstance(query[-1], int):
                 node.attributes.add(ir.AttrFloat32("scale", (query[-1] // heads) ** -0.5))
                 modified = True

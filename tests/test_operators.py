@@ -375,6 +375,7 @@ def _attentions() -> Iterator[Example]:
     yield ex("Attention", x(*q), x(*k), x(*v), w(3, 5), **kind)
     packed = {"q_num_heads": 2, "kv_num_heads": 2, **kind}
     yield ex("Attention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), **packed)
+    yield ex("MultiHeadAttention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), num_heads=2, scale=0.5, domain=MICROSOFT)
 
 
 def _movements() -> Iterator[Example]:

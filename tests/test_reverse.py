@@ -403,6 +403,7 @@ EXAMPLES = [
     ex("Attention", x(2, 2, 3, 4), x(2, 2, 5, 4), x(2, 2, 5, 6), since=23),
     ex("Attention", x(2, 2, 3, 4), x(2, 2, 5, 4), x(2, 2, 5, 6), w(3, 5), since=23, scale=0.7),
     ex("Attention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), since=23, q_num_heads=2, kv_num_heads=2),
+    ex("MultiHeadAttention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), since=12, num_heads=2, domain="com.microsoft"),
     ex("SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), w(4), w(4), domain="com.microsoft", epsilon=0.1),
     ex(
         "SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), outputs=4, seeded=(0, 3), domain="com.microsoft", epsilon=0.1

@@ -46,12 +46,24 @@ def layout(node: NodeView) -> Layout | str:
     return Layout(heads[0], packed)
 
 
+def fused_layout(node: NodeView) -> Layout | str:
+    """The same for onnxruntime's MultiHeadAttention, whose operands are packed."""
+    shapes = [node.shape(i) for i in range(3)]
+    if any(shape is None or len(shape) != 3 for shape in shapes):
+        return "has operands that are packed together, or of unknown rank"
+    if any(node.value(i) is not None for i in range(3, 10)) or any(node.value(~i) is not None for i in range(1, 4)):
+        return "adds biases or masks, or keeps keys and values"
+    if node.attribute("unidirectional", 0):
+        return "masks the future by itself"
+    return Layout(int(node.attribute("num_heads", 0)), packed=True)
+
+
 def attention(node: NodeView) -> Signature | str:
     """Channels of values pass; those of queries and keys are contracted with each other, head by head."""
-    found = layout(node)
+    found = layout(node) if node.node.domain in ("", "ai.onnx") else fused_layout(node)
     if isinstance(found, str):
         return found
-    if node.attribute("scale", None) is None:
+    if not node.attribute("scale", 0.0):
         return "scales its scores by their width, which is not stated"
     mask = node.shape(3) if node.value(3) is not None else ()
     if mask is None:
@@ -73,7 +85,7 @@ def attention(node: NodeView) -> Signature | str:
 
 def attention_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     """DV = Pᵀ dY, dQ = scale · dS K, dK = scale · dSᵀ Q; dS = P (dP − Σ P dP), dP = dY Vᵀ, P the attention weights."""
-    found = layout(b.view)
+    found = layout(b.view) if b.view.node.domain in ("", "ai.onnx") else fused_layout(b.view)
     if isinstance(found, str):
         return found
     if b.wanted - {0, 1, 2}:
@@ -83,7 +95,7 @@ def attention_reverse(b: Backward) -> Mapping[int, ir.Value] | str:
     if mask is not None and (mask.dtype is None or mask.dtype == ir.DataType.BOOL):
         return "has a mask of truth values"
     width = b.sizes(0, [b.rank(0) - 1])[0] // (found.heads if found.packed else 1)
-    scale = b.scalar(float(b.view.attribute("scale", 1.0 / math.sqrt(width))))
+    scale = b.scalar(float(b.view.attribute("scale", 0.0) or 1.0 / math.sqrt(width)))
     swap = b.build.swap
     scores = b.op("Mul", b.op("MatMul", q, swap(k, 4)), scale)
     if mask is not None:
@@ -113,4 +125,13 @@ def _together(b: Backward, value: ir.Value, operand: int, found: Layout) -> ir.V
     return b.like(b.op("Transpose", value, perm=[0, 2, 1, 3]), operand) if found.packed else value
 
 
-ROWS = (Operator("Attention", attention, reverse=attention_reverse),)
+ROWS = (
+    Operator("Attention", attention, reverse=attention_reverse),
+    Operator(
+        "MultiHeadAttention",
+        attention,
+        domain="com.microsoft",
+        reverse=attention_reverse,
+        like=lambda node: "nsa,ntb,ntc->nsc" if len(node.inputs) > 2 and all(node.inputs[:3]) else None,
+    ),
+)

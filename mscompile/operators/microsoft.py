@@ -123,7 +123,7 @@ def skip_layer_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | st
 
 
 _PACKED = "packs projections, heads and softmax into one operator"
-_ATTENTION = "Attention MultiHeadAttention PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
+_ATTENTION = "Attention PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
 _OTHER = "RotaryEmbedding SkipSimplifiedLayerNormalization SimplifiedLayerNormalization"
 
 ROWS = (
