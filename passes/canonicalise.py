@@ -187,6 +187,8 @@ def _part(model: ir.Model, node: ir.Node, shapes: Mapping[str, Shape]) -> bool:
     shape = None if source is None else shapes.get(source.name or "")
     if target is None or not shape or not is_parameter(target) or node.outputs[0].is_graph_output():
         return False
+    if not node.outputs[0].uses():
+        return False
     entries = array_of(target).ravel().tolist()
     rank, size = len(shape), shape[-1]
     # The last axis, and it alone, is split, into parts first.

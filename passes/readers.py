@@ -75,11 +75,14 @@ def rewrite_reader(graph: ir.Graph, scm: Scm, reader: Reader, columns: np.ndarra
     rows = np.empty((len(reader.index), *columns.shape[2:]))
     rows[np.argsort(reader.index, kind="stable")] = columns.reshape(rows.shape)
     together = response.sum(axis=1)
+    ones = reader.rows(array_of(reader.weight))[len(rows) :]  # what a Carry node that is there already brings
     carried = reader.border and bool(response.any())
-    if carried:
+    if carried or len(ones):
         assert reader.groups == 1, "a reader in groups takes no carrier"
-        rows = np.concatenate([rows, together])
+        rows = np.concatenate([rows, together + ones.sum(axis=0)])
     owned(graph, reader.node, linear.weight, reader.from_rows(rows))
+    if len(ones):
+        return
     if carried:
         _carry(graph, scm, reader, linear)
     elif response.any():

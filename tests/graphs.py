@@ -1243,4 +1243,25 @@ GRAPHS = {
         }""",
         ["a: h[1] 8 > k", "b: k[1] 2 > y ! Conv 'k' needs a channel in each of its blocks"],
     ),
+    "parts that nothing uses": (
+        """(float[N,5,4] x) => (float[N,5,3] y)
+        <float[4,6] w1, int64[4] sh={0,0,3,2}, float[6,3] w2> {
+            h = MatMul(x, w1)
+            r = Reshape(h, sh)
+            y = MatMul(h, w2)
+        }""",
+        ["a: h[2] 6 > y"],
+    ),
+    "a channel shuffle read twice with padding": (
+        """(float[N,3,6,6] x) => (float[N,5,A,B] y, float[N,5,C,D] z)
+        <float[8,3,1,1] w1, int64[5] ap={0,2,4,6,6}, int64[4] to={0,8,6,6}, float[5,8,3,3] w2, float[5,8,3,3] w3> {
+            a = Conv(x, w1)
+            r = Reshape(a, ap)
+            t = Transpose<perm=[0,2,1,3,4]>(r)
+            h = Reshape(t, to)
+            y = Conv<pads=[1,1,1,1]>(h, w2)
+            z = Conv<auto_pad="SAME_UPPER">(h, w3)
+        }""",
+        ["a: a[1] 8 > y, z"],
+    ),
 }
