@@ -692,7 +692,10 @@ def test_signals(small: Path, number: signal.Signals, code: int):
     script = small.parent / "data.py"
     script.write_text("import time\ndef load_data():\n    print('started', flush=True)\n    time.sleep(60)\n    yield {}\n")
     before = written(small.parent)
+    # Run in the background, the tests may have been told to ignore the signal, which a child would inherit.
+    previous = signal.signal(number, lambda *_: None)
     process = command(small, "--calib", script)
+    signal.signal(number, previous)
     assert process.stderr is not None
     assert process.stderr.readline() == "started\n"
     process.send_signal(number)
