@@ -59,8 +59,10 @@ def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | No
     if not len(units) or not all(can_be_constant(scm, creator) for creator in scm.creators_of(units)):
         return None
     responses = []
+    # What a normalisation makes of a constant is exact for zeros alone, and otherwise holds rounding where zeros should be.
+    levels = np.zeros(1) if any(_centred(scm, site) for site in sites) else LEVELS
     for site in sites:
-        found = constant_response(scm, site, {int(u): LEVELS for u in units})
+        found = constant_response(scm, site, {int(u): levels for u in units})
         if found is None:
             return None
         places = {int(u): i for i, u in reversed([*enumerate(site.units)])}
@@ -73,7 +75,7 @@ def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | No
     if not np.isfinite(distance[level, column]):
         return None
     values = tuple(float(response[level, column]) for response in responses)
-    return Carrier(int(units[column]), float(LEVELS[level]), values)
+    return Carrier(int(units[column]), float(levels[level]), values)
 
 
 def can_be_constant(scm: Scm, creator: Creator) -> bool:
@@ -102,7 +104,7 @@ def constant_response(scm: Scm, site: Site, levels: dict[int, Array]) -> Array |
     """
     creators = scm.creators_of(site.units)
     starts = [creator.node.outputs[0] for creator in creators]
-    target = next((v for node in scm.model.graph for v in node.outputs if v.name == site.tensor), None)
+    target = _tensor(scm, site)
     between = [] if target is None else _between(starts, target)
     if target is None or not all(_steady(scm, node) for node in between):
         return None
@@ -210,6 +212,17 @@ def _between(starts: Sequence[ir.Value], target: ir.Value) -> list[ir.Node]:
         nodes.append(node)
         waiting += [v for v in node.inputs if v is not None]
     return nodes
+
+
+def _tensor(scm: Scm, site: Site) -> ir.Value | None:
+    return next((v for node in scm.model.graph for v in node.outputs if v.name == site.tensor), None)
+
+
+def _centred(scm: Scm, site: Site) -> bool:
+    """Whether a normalisation stands between where units begin and the site."""
+    starts, target = [creator.node.outputs[0] for creator in scm.creators_of(site.units)], _tensor(scm, site)
+    found = (scm.signatures.get(node) for node in ([] if target is None else _between(starts, target)))
+    return any(isinstance(one, Signature) and one.centred for one in found)
 
 
 def _steady(scm: Scm, node: ir.Node) -> bool:

@@ -56,7 +56,8 @@ def _fold(graph: ir.Graph, scm: Scm, members: Sequence[tuple[Site, Reader]], unr
         assert node is not None
         assert linear is not None
         weight = np.moveaxis(array_of(reader.weight).astype(np.float64), reader.axis, 0)
-        weight[np.flatnonzero(reader.units == constant.unit)[:1]] = weight[-1] / values[site.tensor]
+        channel = np.flatnonzero(site.units == constant.unit)[0]  # whose value it is: those of one unit may differ
+        weight[np.flatnonzero(reader.index == channel)[:1]] = weight[-1] / values[site.tensor]
         owned(graph, reader.node, linear.weight, np.moveaxis(weight[:-1], 0, reader.axis))
         reader.node.replace_input_with(linear.data, node.inputs[0])
         graph.remove(node, safe=True)

@@ -764,6 +764,15 @@ def test_an_output_is_proportional_to_what_scales_it(example: Example):
         np.testing.assert_allclose(run(example, tripled), 3 * run(example, arrays), **ROUNDING)
 
 
+@examples(lambda s: s.centred)
+def test_a_constant_is_centred_to_what_zeros_are(example: Example):
+    arrays = example.draw(4)
+    flat = [np.full_like(arrays[0], level) for level in (0.0, 1.0, -8.0)]
+    wanted, *found = (run(example, [array, *arrays[1:]]) for array in flat)
+    for one in found:
+        np.testing.assert_allclose(one, wanted, **ROUNDING)
+
+
 @examples(lambda s: s.levels is not None)
 def test_levels_do_not_matter(example: Example):
     arrays, axis = example.draw(4), example.signature.levels

@@ -118,6 +118,8 @@ class Signature:
     steady
         Channels that are constant over samples and positions stay so, where those side by side are equal, as are those of a
         block that lives and dies together; their values are found by running the operator.
+    centred
+        A constant channel comes out as one of zeros does, but for rounding.
     sizes
         Numbers in operands and attributes that speak of channels.
     even
@@ -148,6 +150,7 @@ class Signature:
     regroups: tuple[Regroup, ...] = ()
     linear: Linear | None = None
     steady: bool = True
+    centred: bool = False
     sizes: tuple[Size, ...] = ()
     even: tuple[tuple[Port, int], ...] = ()
     ties: tuple[tuple[Port, int], ...] = ()

@@ -31,7 +31,7 @@ def instance_normalisation(node: NodeView) -> Signature | str:
     if node.rank(0) is None:
         return "its input has no known rank"
     links = (((0, 0), (OUT, 0)), ((0, 1), (1, 0), (2, 0), (OUT, 1)))
-    return Signature(links, mixes="normalises across this axis")
+    return Signature(links, centred=True, mixes="normalises across this axis")
 
 
 def group_normalisation(node: NodeView) -> Signature | str:
@@ -43,7 +43,7 @@ def group_normalisation(node: NodeView) -> Signature | str:
         return "holds scales per group, before opset 21"
     links = (((0, 0), (OUT, 0)), ((0, 1), (1, 0), (2, 0), (OUT, 1)))
     sizes = (Size("num_groups", None, (OUT, 1), share=shape[1] // groups),)
-    return Signature(links, sizes=sizes, ties=(((0, 1), groups),), mixes="normalises across this axis")
+    return Signature(links, centred=True, sizes=sizes, ties=(((0, 1), groups),), mixes="normalises across this axis")
 
 
 def pooling(node: NodeView) -> Signature | str:
