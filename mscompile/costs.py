@@ -100,8 +100,9 @@ class Costs:
 
     def _gone(self, group: int, count: int) -> IntArray:
         if (group, count) not in self._dead:
-            order = self.orders[group]
-            self._dead[group, count] = np.setdiff1d(order, retained_units(order, count, self.scm.blocks, self.scm.frozen))
+            order, sites = self.orders[group], [site for site in self.scm.sites if site.group == group]
+            kept = retained_units(order, count, self.scm.blocks, self.scm.frozen, sites)
+            self._dead[group, count] = np.setdiff1d(order, kept)
         return self._dead[group, count]
 
     def shape(self, value: ir.Value, counts: Counts) -> Shape | None:

@@ -16,7 +16,7 @@ One elimination ranks the units for every size at once, in O(channels³) time an
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,14 +226,25 @@ def retained_units(
     if not own:
         return even(kept, each, order.tolist())
     place = {unit: i for i, unit in enumerate(order.tolist())}
-    largest = max(own, key=lambda block: block.units.size)
-    rows = [sorted(set(row), key=lambda unit: place[unit]) for row in largest.units.tolist()]
-    longest = max(len(row) for row in rows)
-    if longest > 1:
-        quota = max(1, round(count / len(order) * longest))
-        kept = np.union1d(kept[~np.isin(kept, largest.units)], np.concatenate([row[-quota:] for row in rows]))
+    shared, rest = [order[np.isin(order, list(frozen))]], order
+    for block in _apart(own):
+        rows = [sorted(set(row), key=lambda unit: place[unit]) for row in block.units.tolist()]
+        quota = max(1, round(count / len(order) * max(len(row) for row in rows)))
+        shared += [np.array(row[-quota:], dtype=np.int64) for row in rows]
+        rest = rest[~np.isin(rest, block.units)]
+    kept = np.unique(np.concatenate(shared))
+    kept = np.union1d(kept, rest[len(rest) - min(max(0, count - len(kept)), len(rest)) :])
     gone = empty_heads(own, kept, frozen)
     return even(kept, own + each, order.tolist(), gone)
+
+
+def _apart(blocks: Sequence[Block]) -> Iterator[Block]:
+    """Of all blocks that share units the largest, and of these the one with most rows; no row is one unit alone."""
+    left = [block for block in blocks if max(len(set(row)) for row in block.units.tolist()) > 1]
+    while left:
+        largest = max(left, key=lambda block: (block.units.size, len(block.units)))
+        yield largest
+        left = [block for block in left if not np.isin(block.units, largest.units).any()]
 
 
 def empty_heads(blocks: Sequence[Block], kept: IntArray, frozen: Collection[int]) -> set[int]:

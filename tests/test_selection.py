@@ -12,8 +12,9 @@ import pytest
 from mscompile.replacements import RIDGE, fit_affine, interchanged, stabilise
 from mscompile.scm import Site
 from mscompile.scores import Scores
-from mscompile.selection import additive_order, eliminate_jointly, joint_order
+from mscompile.selection import additive_order, eliminate_jointly, joint_order, retained_units
 from mscompile.statistics import Curvature, Moments, Statistics
+from mscompile.units import Block
 
 Array = npt.NDArray[np.float64]
 
@@ -208,3 +209,26 @@ def test_few_observations_prove_no_dependence() -> None:
     moments = known.moments["h"]
     few = replace(moments, count=31, scatter=moments.covariance * 31, squares=moments.variance * 31)
     assert eliminate_jointly(sites, replace(known, moments={"h": few}), 0.1).lossless == 0
+
+
+# --- rows that stay equally large -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [(), (3,)])
+@pytest.mark.parametrize("count", [4, 10, 16, 23, 30])
+def test_every_block_gets_its_share(count: int, frozen: tuple[int, ...]) -> None:
+    """Keys in rows of six and values in rows of four that always go last, beside six units in no row."""
+    keys, values, others = np.arange(12), np.arange(12, 20), np.arange(20, 30)
+    blocks = [Block(u.reshape(2, -1), np.array([-1, -1])) for u in (keys, values, keys[::-1])]
+    rng = np.random.default_rng(0)
+    order = np.concatenate([np.setdiff1d(rng.permutation(np.r_[keys, others]), frozen), values, np.array(frozen, int)])
+    kept = retained_units(order, count, blocks, frozen)
+    share = count / 30
+    for rows in (keys.reshape(2, -1), values.reshape(2, -1)):
+        left = np.isin(rows, kept).sum(axis=1)
+        assert left[0] == left[1] == max(1, round(share * rows.shape[1]))
+        for row in rows:  # and of each row those that go last
+            places = np.flatnonzero(np.isin(order, row))
+            assert set(order[places[-left[0] :]].tolist()) == set(row.tolist()) & set(kept.tolist())
+    assert np.isin(frozen, kept).all()
+    assert abs(len(kept) - count) <= 2
