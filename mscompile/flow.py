@@ -467,23 +467,21 @@ class _Step:
         """Two computed tensors contracted with each other, units in step on the other axes as well."""
         if fixed or len(live) != 2 or len(said) != 2 or self.node.inputs[live[0][0]] is self.node.inputs[live[1][0]]:
             return False
-        keys: list[tuple[int, ...]] = []
-        for operand, axis, axes, _ in said:
-            outs = [next((a for o, a in self.links.get((operand, x), ()) if o < 0), None) for x in axes if x != axis]
-            if any(o is None for o in outs) or axes[-1] != axis:
-                return False
-            keys.append((*(o for o in outs if o is not None), -1))
-        longest = max(keys, key=len)
-        if any([a for a in longest if a in key] != [*key] for key in keys):
+        aligned = [self._aligned(operand, axis, axes, units) for operand, axis, axes, units in said]
+        met = [found for found in aligned if found is not None]
+        if len(met) < len(aligned):
+            return False
+        longest = max((key for key, _ in met), key=len)
+        if any([a for a in longest if a in key] != [*key] for key, _ in met):
             return False
         sizes: dict[int, int] = {}
-        for key, (*_, units) in zip(keys, said, strict=True):
+        for key, units in met:
             if any(sizes.setdefault(a, n) != n for a, n in zip(key, units.shape, strict=True)):
                 return False
         shape = [sizes[a] for a in longest]
         one, other = (
             np.broadcast_to(units.reshape([sizes[a] if a in key else 1 for a in longest]), shape).ravel()
-            for key, (*_, units) in zip(keys, said, strict=True)
+            for key, units in met
         )
         self.walk.sets.unite(one, other)
         if not all((a,) in self.heads(o) for o, _, axes, _ in said for a in axes[:-1]):
@@ -493,8 +491,28 @@ class _Step:
         self.walk.meetings.append(Meeting(self.node, self.found, (one, other), contracted, shape[-1] // heads))
         return True
 
+    def _aligned(self, operand: int, axis: int, axes: Axes, units: IntArray) -> tuple[tuple[int, ...], IntArray] | None:
+        """Units of a contracted operand, along the output axes that its others are on and the contracted one, called −1."""
+        if axes[-1] != axis:
+            return None
+        key: list[int] = []
+        for place, other in enumerate(axes[:-1]):
+            move = next((m for m in self.moves.get((operand, other), ()) if m.target[0] == ~0 and m.at is None), None)
+            out = next((a for o, a in self.links.get((operand, other), ()) if o < 0), None)
+            if move is not None and move.index.ndim == 1:
+                units, out = np.take(units, move.index, axis=place), move.target[1]
+            if out is None:
+                return None
+            key.append(out)
+        for port, blocks, times in self.found.repeated:
+            if port == (operand, axis):
+                apart = units.reshape(*units.shape[:-1], blocks, -1)
+                units = np.repeat(apart, times, axis=-2).reshape(*units.shape[:-1], -1)
+        return (*key, -1), units
+
     def constrain(self) -> None:
         """Blocks of channels that stay equally large, or live and die as one."""
+        rows: list[IntArray] = []
         for ports, tied in ((self.found.even, False), (self.found.ties, True)):
             for (operand, axis), count in ports:
                 for axes, units in self.labels(operand).items():
@@ -506,8 +524,17 @@ class _Step:
                     elif tied:
                         self.walk.sets.unite_along(along.reshape(count, -1), 1)
                     else:
-                        self.walk.blocks.append(Block(along.reshape(count, -1), np.full(count, -1, dtype=np.int64)))
-                        self.keep_rows([(along.reshape(count, -1), 0)], "needs a channel in each of its blocks")
+                        rows.append(along.reshape(count, -1))
+                        self.keep_rows([(rows[-1], 0)], "needs a channel in each of its blocks")
+        multiple = self.found.together
+        if multiple is None:
+            self.walk.blocks += [Block(row, np.full(len(row), -1, dtype=np.int64)) for row in rows]
+        elif len(rows) < len(self.found.even) or any(row.shape[1] != rows[0].shape[1] for row in rows):
+            for units in rows:
+                self.refuse(units, "needs blocks that are all equally large, some of which cannot be cut")
+        else:
+            every = np.concatenate(rows)
+            self.walk.blocks.append(Block(every, np.full(len(every), -1, dtype=np.int64), multiple))
 
 
 def _says_too_little(node: ir.Node, found: Signature) -> bool:

@@ -174,8 +174,8 @@ def read_scm(model: ir.Model) -> Scm:
         labels.setdefault(value.name or "", {}).update({axes: root[units] for axes, units in found.items()})
     blocks = {}
     for block in walk.blocks:
-        rooted = Block(root[block.units], np.where(block.heads < 0, -1, root[block.heads]))
-        blocks[rooted.units.tobytes() + rooted.heads.tobytes()] = rooted
+        rooted = Block(root[block.units], np.where(block.heads < 0, -1, root[block.heads]), block.multiple)
+        blocks[rooted.units.tobytes() + rooted.heads.tobytes(), rooted.multiple] = rooted
     slots = tuple(_rooted(slot, root) for slot in walk.slots)
     slots += tuple(
         Slot(slot.node, slot.operand, slot.axis, alone)
@@ -185,7 +185,7 @@ def read_scm(model: ir.Model) -> Scm:
     creators = tuple(
         Creator(c.node, tuple(_rooted(slot, root) for slot in c.slots), c.axis, root[c.units]) for c in walk.creators
     )
-    every = [units for found in labels.values() for units in found.values()]
+    every = [*(units for found in labels.values() for units in found.values()), *(block.units for block in blocks.values())]
     return Scm(
         model,
         shapes,
@@ -207,8 +207,10 @@ def _alone(rows: IntArray) -> IntArray:
 
 def _binds(block: Block) -> bool:
     """Whether a block says more than that rows of one unit each, or rows of the same units, are equally large."""
-    return bool((block.heads >= 0).any()) or (
-        len(_alone(block.units)) < len(block.units) and not np.all(block.units == block.units[:1])
+    return (
+        block.multiple > 1
+        or bool((block.heads >= 0).any())
+        or (len(_alone(block.units)) < len(block.units) and not np.all(block.units == block.units[:1]))
     )
 
 

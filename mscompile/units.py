@@ -104,10 +104,13 @@ class Block:
         [rows, units in a row].
     heads
         [rows]: the head that each row belongs to, which may go as a whole; −1 where rows must stay.
+    multiple
+        What is left in a row is a multiple of it.
     """
 
     units: IntArray
     heads: IntArray
+    multiple: int = 1
 
 
 def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Collection[int] = ()) -> IntArray:
@@ -129,6 +132,7 @@ def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Co
         for block, counted in zip(blocks, counts, strict=True):
             rows = [row for row, head in zip(counted, block.heads.tolist(), strict=True) if head not in gone]
             most = max([1, *(_left(row, chosen) for row in rows)])
+            most += -most % block.multiple
             for row in rows:
                 if (count := _left(row, chosen)) < most:
                     changed = True

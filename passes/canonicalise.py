@@ -2,7 +2,8 @@
 
 Functions are inlined; weights in Constant nodes become initializers; Identity nodes vanish; what is computed from parameters
 or from declared shapes alone is computed at once; packed projections are parted before their heads are split; Splits state
-their sizes; unused nodes and initializers are dropped; nodes are sorted.
+their sizes; unused nodes and initializers are dropped; nodes are sorted. The one exception: projections inside onnxruntime's
+own Attention are written out, which rounds otherwise (see `mscompile.passes.attention`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from onnx_ir.passes import common
 
 from mscompile.files import LISTED
 from mscompile.operators import Shape, is_parameter
+from mscompile.passes.attention import SpellOutAttention, StateScales
 from mscompile.passes.budget import affordable, evaluate
 from mscompile.passes.movement import ShortenMovement
 from mscompile.passes.readers import add_parameter, array_of, name_outputs
@@ -139,28 +141,6 @@ class SpellOutSplits(ir.passes.InPlacePass):
             else:
                 node.attributes.add(ir.AttrInt64s("split", sizes))  # type: ignore[arg-type]
             modified = True
-        return ir.passes.PassResult(model, modified)
-
-
-ATTENTION = (("", "Attention"), ("ai.onnx", "Attention"), ("com.microsoft", "MultiHeadAttention"))
-
-
-@dataclass(frozen=True)
-class StateScales(ir.passes.InPlacePass):
-    """Attention says by what it scales its scores, so that this stays when their width changes."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Run the pass."""
-        nodes = [n for n in model.graph if (n.domain, n.op_type) in ATTENTION and "scale" not in n.attributes]
-        shapes = infer_shapes(model) if nodes else {}
-        modified = False
-        for node in nodes:
-            query = shapes.get(node.inputs[0].name or "", ()) if node.inputs[0] is not None else ()
-            stated = node.attributes.get("num_heads" if node.domain else "q_num_heads") if len(query) == 3 else None
-            heads = 1 if stated is None else stated.as_int()
-            if query and isinstance(query[-1], int):
-                node.attributes.add(ir.AttrFloat32("scale", (query[-1] // heads) ** -0.5))
-                modified = True
         return ir.passes.PassResult(model, modified)
 
 
@@ -298,6 +278,7 @@ CANONICALISE = ir.passes.Sequential(
     FoldShapes(),
     FoldParameters(),
     SpellOutSplits(),
+    SpellOutAttention(),
     StateScales(),
     ShortenMovement(),
     PartBeforeHeads(),

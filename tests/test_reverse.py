@@ -403,7 +403,31 @@ EXAMPLES = [
     ex("Attention", x(2, 2, 3, 4), x(2, 2, 5, 4), x(2, 2, 5, 6), since=23),
     ex("Attention", x(2, 2, 3, 4), x(2, 2, 5, 4), x(2, 2, 5, 6), w(3, 5), since=23, scale=0.7),
     ex("Attention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), since=23, q_num_heads=2, kv_num_heads=2),
-    ex("MultiHeadAttention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), since=12, num_heads=2, domain="com.microsoft"),
+    ex("Attention", x(2, 2, 3, 4), x(2, 2, 5, 4), x(2, 2, 5, 6), const(np.tri(3, 5) > 0, "bool"), since=23),
+    ex("Attention", x(2, 4, 3, 4), x(2, 2, 5, 4), x(2, 2, 5, 6), since=23, is_causal=1),
+    ex("Attention", x(2, 3, 16), x(2, 5, 8), x(2, 5, 12), since=23, q_num_heads=4, kv_num_heads=2),
+    ex("Attention", x(2, 3, 8), x(2, 5, 8), x(2, 5, 12), *[None] * 3, live([2, 5]), since=24, q_num_heads=2, kv_num_heads=2),
+    *(
+        ex("MultiHeadAttention", x(2, 5, 8), x(2, 5, 8), x(2, 5, 12), *more, since=12, domain="com.microsoft", **how)
+        for more, how in [
+            ((), {"num_heads": 2}),
+            ((None, live([2, 5], "int32")), {"num_heads": 2, "unidirectional": 1}),
+            ((None, live(np.tri(2, 5, 2), "int32"), w(1, 2, 5, 5)), {"num_heads": 2, "scale": 0.7}),
+            ((None, live(np.tri(5)[None].repeat(2, 0), "int32")), {"num_heads": 4}),
+        ]
+    ),
+    *(
+        ex(
+            "GroupQueryAttention",
+            *(x(2, 5, 8 * heads) for heads in (4, shared, shared)),
+            *(None, None, live([4, 4], "int32"), live(5, "int32")),
+            since=12,
+            domain="com.microsoft",
+            num_heads=4,
+            kv_num_heads=shared,
+        )
+        for shared in (4, 2)
+    ),
     ex("SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), w(4), w(4), domain="com.microsoft", epsilon=0.1),
     ex(
         "SkipLayerNormalization", x(2, 3, 4), x(2, 3, 4), w(4), outputs=4, seeded=(0, 3), domain="com.microsoft", epsilon=0.1

@@ -124,6 +124,10 @@ class Signature:
         Numbers in operands and attributes that speak of channels.
     even
         (port, blocks): the channels there come in blocks that must stay equally large.
+    together
+        Where set, the blocks at all ports of `even` are equally large, in multiples of it.
+    repeated
+        (port, blocks, times): each block of channels of a contracted port meets so many of the other operand's, one by one.
     ties
         (port, blocks): the channels of a block live and die together.
     moving
@@ -153,6 +157,8 @@ class Signature:
     centred: bool = False
     sizes: tuple[Size, ...] = ()
     even: tuple[tuple[Port, int], ...] = ()
+    together: int | None = None
+    repeated: tuple[tuple[Port, int, int], ...] = ()
     ties: tuple[tuple[Port, int], ...] = ()
     moving: bool = False
     copies: bool = False
@@ -219,12 +225,11 @@ Declaration = Callable[[NodeView], Signature | str]
 class Barrier:
     """Declares nothing about the channels: the operator is a barrier, through which gradients may still find a way."""
 
-    reason: str = "has no declaration"
+    reason: str | Callable[[NodeView], str] = "has no declaration"
 
     def __call__(self, node: NodeView) -> str:
         """Give the reason."""
-        del node
-        return self.reason
+        return self.reason if isinstance(self.reason, str) else self.reason(node)
 
 
 @dataclass(frozen=True)
@@ -251,4 +256,4 @@ class Operator:
     domain: str = ""
     macs: Callable[[NodeView], int] | None = None
     reverse: Reverse | None = None
-    like: int | Callable[[ir.Node], str | None] | None = None
+    like: int | Callable[[ir.Node], int | str | None] | None = None

@@ -123,7 +123,7 @@ def skip_layer_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | st
 
 
 _PACKED = "packs projections, heads and softmax into one operator"
-_ATTENTION = "Attention PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
+_ATTENTION = "PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
 _OTHER = "RotaryEmbedding SkipSimplifiedLayerNormalization SimplifiedLayerNormalization"
 
 ROWS = (
@@ -136,6 +136,5 @@ ROWS = (
     Operator("FusedMatMul", fused_matmul, domain=DOMAIN, macs=fused_macs, reverse=fused_matmul_reverse, like=_product),
     Operator("SkipLayerNormalization", skip_normalisation, domain=DOMAIN, reverse=skip_layer_normalisation_reverse, like=0),
     *(Operator(name, Barrier(_PACKED), domain=DOMAIN) for name in _ATTENTION.split()),
-    Operator("GroupQueryAttention", Barrier(_PACKED), domain=DOMAIN, like=0),
     *(Operator(name, Barrier(f"has no declaration (domain {DOMAIN})"), domain=DOMAIN, like=0) for name in _OTHER.split()),
 )
