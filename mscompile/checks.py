@@ -18,7 +18,7 @@ BATCH_EFFECT = 1e-4
 """Change of an output, in standard deviations, that rounding explains when a sample is run alone."""
 
 
-def check_patches(name: str, model: Intervened, batch: Feed, output: str) -> None:
+def check_patches(name: str, model: Intervened, batch: Feed, outputs: Sequence[str]) -> None:
     """Null and self patch.
 
     Raises
@@ -33,16 +33,18 @@ def check_patches(name: str, model: Intervened, batch: Feed, output: str) -> Non
             patch.tensor: (np.full((count, values[patch.tensor].shape[patch.axis]), value), values[patch.tensor])
             for patch in model.patches
         }
-        if not unchanged(model.run(batch, settings, [output])[output], values[output], model.digits):
-            raise VerificationError(
-                f"the {check} patch changes the {name} model",
-                where=f"output {output!r}",
-                why="an intervention that changes nothing must leave every output bit as it is",
-                hint="the model may be random or keep state between runs; otherwise please report a bug",
-            )
+        found = model.run(batch, settings, outputs)
+        for output in outputs:
+            if not unchanged(found[output], values[output], model.digits):
+                raise VerificationError(
+                    f"the {check} patch changes the {name} model",
+                    where=f"output {output!r}",
+                    why="an intervention that changes nothing must leave every output bit as it is",
+                    hint="the model may be random or keep state between runs; otherwise please report a bug",
+                )
 
 
-def check_full_source(model: Intervened, batch: Feed, output: str) -> None:
+def check_full_source(model: Intervened, batch: Feed, outputs: Sequence[str]) -> None:
     """All channels of sites that lie on every path, set to what they are on other inputs, give the outputs of these.
 
     Raises
@@ -57,13 +59,15 @@ def check_full_source(model: Intervened, batch: Feed, output: str) -> None:
         patch.tensor: (np.ones((count, values[patch.tensor].shape[patch.axis]), dtype=np.bool_), values[patch.tensor])
         for patch in model.patches
     }
-    if not unchanged(model.run(turned, settings, [output])[output], values[output], model.digits):
-        raise VerificationError(
-            "the full-source patch does not reproduce the source",
-            where=f"output {output!r}",
-            why="the sites lie on every path, so that all their values determine the outputs",
-            hint="the model may be random or keep state between runs; otherwise please report a bug",
-        )
+    found = model.run(turned, settings, outputs)
+    for output in outputs:
+        if not unchanged(found[output], values[output], model.digits):
+            raise VerificationError(
+                "the full-source patch does not reproduce the source",
+                where=f"output {output!r}",
+                why="the sites lie on every path, so that all their values determine the outputs",
+                hint="the model may be random or keep state between runs; otherwise please report a bug",
+            )
 
 
 def unchanged(found: npt.NDArray[Any], plain: npt.NDArray[Any], digits: int | None) -> bool:
@@ -138,7 +142,7 @@ def depends_on_batch(model: Intervened, batch: Feed, output: str) -> bool:
 
 
 def planted_defects(
-    model: Intervened, batch: Feed, kept: Mapping[str, npt.NDArray[np.int64]], output: str
+    model: Intervened, batch: Feed, kept: Mapping[str, npt.NDArray[np.int64]], outputs: Sequence[str]
 ) -> dict[str, list[str]]:
     """Which sites show each of three defects, planted in a copy of the dense model while half of its units are interchanged.
 
@@ -168,11 +172,16 @@ def planted_defects(
         rows = values[patch.tensor].shape[0] // count
         source = values[patch.tensor].reshape(count, rows, *values[patch.tensor].shape[1:])[::-1]
         settings[patch.tensor] = (mask, np.ascontiguousarray(source.reshape(values[patch.tensor].shape)))
-    wanted = model.run(batch, settings, [output])[output]
-    if not unchanged(model.run(batch, settings, [output])[output], wanted, model.digits):
+    wanted = model.run(batch, settings, outputs)
+
+    def same(changed: Mapping[str, Setting]) -> bool:
+        found = model.run(batch, changed, outputs)
+        return all(unchanged(found[output], wanted[output], model.digits) for output in outputs)
+
+    if not same(settings):
         raise VerificationError(
             "the dense model does not agree with itself",
-            where=f"output {output!r}",
+            where=f"outputs {', '.join(outputs)}",
             why="the same interchange gave two answers",
             hint="the model may be random or keep state between runs",
         )
@@ -192,6 +201,6 @@ def planted_defects(
                 wide = mask.copy()
                 wide[:, unit] = True
             changed = {**settings, patch.tensor: (wide, np.ascontiguousarray(np.moveaxis(broken, 0, patch.axis)))}
-            if not unchanged(model.run(batch, changed, [output])[output], wanted, model.digits):
+            if not same(changed):
                 tensors.append(patch.tensor)
     return seen

@@ -8,7 +8,7 @@ model itself has on the source. Units that the compiled model has not got keep t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,15 +95,15 @@ class Trials:
     masks
         Per site, [trials, retained]: which pairs of channels were swapped.
     dense, matched, own
-        [trials, …] outputs; the last is None where it was not asked for.
+        [trials, …] by output, under its name in the dense model; the last is None where it was not asked for.
     """
 
     base: IntArray
     source: IntArray
     masks: list[npt.NDArray[np.bool_]]
-    dense: npt.NDArray[Any]
-    matched: npt.NDArray[Any]
-    own: npt.NDArray[Any] | None
+    dense: Arrays
+    matched: Arrays
+    own: Arrays | None
 
 
 def disjoint_pairs(count: int, seed: int) -> tuple[IntArray, IntArray]:
@@ -119,30 +119,50 @@ class Engine:
     A null patch and a self patch must leave either model's outputs bit for bit as they are; where the sites lie on every
     path from input to output, patching all their channels must reproduce the source's outputs.
 
+    Parameters
+    ----------
+    outputs
+        The compiled model's by the dense one's, one result per sample in both. By default the first of floating point.
+
     Attributes
     ----------
+    answers
+        The compiled model's output by the dense one's.
     output
-        Name of the output compared: the first of floating point.
+        The first one compared.
     metric
-        How outputs are compared.
+        How its values are compared.
     full_source_checked
-        Whether the sites lie on every path, so that the third check was made.
+        Whether the sites lie on every path to every output compared, so that the third check was made for all.
     """
 
-    def __init__(self, pair: Pair, samples: Samples, *, batch_size: int, metric: Metric | None = None) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        samples: Samples,
+        *,
+        batch_size: int,
+        metric: Metric | None = None,
+        outputs: Mapping[str, str] | None = None,
+    ) -> None:
         self.pair, self.batch_size = pair, batch_size
         self.dense = Intervened(pair.dense, [site.dense for site in pair.sites])
         self.compiled = Intervened(pair.compiled, [site.compiled for site in pair.sites])
-        self.output = compared_output(pair.dense)
-        self.answer = self.output if self.output in self.compiled.outputs else compared_output(pair.compiled)
         self.batch = next(samples.batches(min(batch_size, len(samples))))
         values = self.dense.read(self.batch)
+        if outputs is None:
+            output = compared_output(pair.dense)
+            outputs = {output: output if output in self.compiled.outputs else compared_output(pair.compiled)}
+        self.answers = dict(outputs)
+        self.output = next(iter(self.answers))
         self.metric = metric if metric is not None else default_metric(values[self.output])
-        check_patches("dense", self.dense, self.batch, self.output)
-        check_patches("compiled", self.compiled, self.batch, self.answer)
-        self.full_source_checked = cuts_all_paths(pair.dense, [s.dense.tensor for s in pair.sites], self.output)
-        if self.full_source_checked:
-            check_full_source(self.dense, self.batch, self.output)
+        check_patches("dense", self.dense, self.batch, list(self.answers))
+        check_patches("compiled", self.compiled, self.batch, list(self.answers.values()))
+        sites = [site.dense.tensor for site in pair.sites]
+        cut = [output for output in self.answers if cuts_all_paths(pair.dense, sites, output)]
+        self.full_source_checked = len(cut) == len(self.answers)
+        if cut:
+            check_full_source(self.dense, self.batch, cut)
 
     def trials(
         self,
@@ -190,8 +210,8 @@ class Engine:
         base_feed, source_feed = (samples.take(part[rows]).inputs for part in (base, source))
         padded = [mask[rows] for mask in masks]
         values = self.dense.read(source_feed, [site.dense.tensor for site in self.pair.sites])
-        dense = self.dense.run(base_feed, self.dense_settings(padded, values), [self.output])[self.output]
-        matched = self._run_compiled(base_feed, self.matched_settings(padded, values))
+        dense = self.dense.run(base_feed, self.dense_settings(padded, values), list(self.answers))
+        matched = self._run_compiled(base_feed, self.matched_settings(padded, values), len(base))
         mine = None
         if own:
             values = self.compiled.read(source_feed, [site.compiled.tensor for site in self.pair.sites])
@@ -199,11 +219,12 @@ class Engine:
                 site.compiled.tensor: (self._narrow(site, mask), values[site.compiled.tensor])
                 for site, mask in zip(self.pair.sites, padded, strict=True)
             }
-            mine = self._run_compiled(base_feed, settings)[: len(base)]
-        return Trials(base, source, masks, dense[: len(base)], matched[: len(base)], mine)
+            mine = self._run_compiled(base_feed, settings, len(base))
+        return Trials(base, source, masks, {name: array[: len(base)] for name, array in dense.items()}, matched, mine)
 
-    def _run_compiled(self, inputs: Feed, settings: dict[str, Setting]) -> npt.NDArray[Any]:
-        return self.compiled.run(inputs, settings, [self.answer])[self.answer]
+    def _run_compiled(self, inputs: Feed, settings: dict[str, Setting], count: int) -> Arrays:
+        found = self.compiled.run(inputs, settings, list(self.answers.values()))
+        return {output: found[answer][:count] for output, answer in self.answers.items()}
 
     def dense_settings(self, masks: Sequence[npt.NDArray[np.bool_]], values: Arrays) -> dict[str, Setting]:
         """Swapped units of the dense model, given the source's values."""
@@ -233,11 +254,17 @@ class Engine:
         shape = self.pair.dense.graph.input[0].type.tensor_type.shape.dim
         return bool(len(shape)) and shape[0].HasField("dim_value")
 
-    def plain(self, samples: Samples) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def plain(self, samples: Samples) -> tuple[Arrays, Arrays]:
         """Outputs of both models without intervention."""
-        dense = [self.dense.read(batch, [self.output])[self.output] for batch in samples.batches(self.batch_size)]
-        compiled = [self.compiled.read(batch, [self.answer])[self.answer] for batch in samples.batches(self.batch_size)]
-        return np.concatenate(dense), np.concatenate(compiled)
+        names = list(self.answers), list(self.answers.values())
+        runs = [
+            (self.dense.read(batch, names[0]), self.compiled.read(batch, names[1]))
+            for batch in samples.batches(self.batch_size)
+        ]
+        return (
+            {output: np.concatenate([dense[output] for dense, _ in runs]) for output in self.answers},
+            {a: np.concatenate([compiled[b] for _, compiled in runs]) for a, b in self.answers.items()},
+        )
 
 
 def _whole(site: Correspondence) -> bool:

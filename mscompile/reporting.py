@@ -24,6 +24,7 @@ from mscompile.frontier import Tried
 from mscompile.inspection import Inspection, inspect_scm, readers_of
 from mscompile.options import Options
 from mscompile.plan import Plan
+from mscompile.provenance import METADATA, seal
 from mscompile.report import (
     CandidateReport,
     DataReport,
@@ -214,21 +215,24 @@ def plan_digest(plan: Plan) -> str:
 
 
 def stamp(compiled: Compiled, plan: Plan, sha256: str) -> ir.Model:
-    """Write version, digests and tau into the model's metadata, where something was compiled.
+    """Write version, digests and tau into the model's metadata, where something was compiled; see `provenance`.
 
     ``channels`` says, for each site, the axis and the dense channel that each channel was; tau, which of them are retained.
     """
     model = compiled.model
+    for key in [key for key in model.metadata_props if key.startswith(METADATA)]:  # of an earlier compile
+        del model.metadata_props[key]
     if plan.sites:
         tau = {site.tensor: site.kept.tolist() for site in plan.sites}
-        model.metadata_props["pkg.mscompile.version"] = __version__
-        model.metadata_props["pkg.mscompile.model_sha256"] = sha256
-        model.metadata_props["pkg.mscompile.plan_sha256"] = plan_digest(plan)
+        model.metadata_props[f"{METADATA}version"] = __version__
+        model.metadata_props[f"{METADATA}model_sha256"] = sha256
+        model.metadata_props[f"{METADATA}plan_sha256"] = plan_digest(plan)
         channels = {
             site.tensor: (site.axis, left.tolist())
             for site in plan.sites
             if (left := compiled.alignment.get(site.tensor)) is not None
         }
-        model.metadata_props["pkg.mscompile.channels"] = json.dumps(channels, separators=(",", ":"))
-        model.metadata_props["pkg.mscompile.tau"] = json.dumps(tau, separators=(",", ":"))
+        model.metadata_props[f"{METADATA}channels"] = json.dumps(channels, separators=(",", ":"))
+        model.metadata_props[f"{METADATA}tau"] = json.dumps(tau, separators=(",", ":"))
+        seal(model)
     return model

@@ -175,8 +175,9 @@ class Interchange:
         batches = self.engine.trials(samples, base, source, law=law, swap=swap, seed=seed)
         losses, difference = 0.0, Difference(classes=self.metric.classes)
         for trials in progress(batches, f"interchange, swap {swap:g}", math.ceil(len(base) / self.engine.batch_size)):
-            losses += float(self.metric.loss(trials.dense, trials.matched).sum())
-            difference.add(trials.dense, trials.matched)
+            dense, matched = trials.dense[self.engine.output], trials.matched[self.engine.output]
+            losses += float(self.metric.loss(dense, matched).sum())
+            difference.add(dense, matched)
         return Fidelity(
             law,
             swap,
@@ -191,7 +192,7 @@ class Interchange:
 
     def plain(self, samples: Samples) -> Mapping[str, float | None]:
         """Agreement and relative logit MSE without intervention, and accuracies where labels are there."""
-        dense, compiled = self.engine.plain(samples)
+        dense, compiled = (found[self.engine.output] for found in self.engine.plain(samples))
         return {
             "agreement": 1.0 - float(self.metric.loss(dense, compiled).mean()),
             "logit_mse_relative": relative_mse(dense.astype(np.float64), compiled.astype(np.float64)),

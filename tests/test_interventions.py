@@ -110,8 +110,8 @@ def test_defects_that_nothing_shows() -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((16, 8), np.float32), "w1"))
     opened = Intervened(model, [Patch("h0", 2, 1), Patch("h1", 2, 1)])
     kept = {"h0": np.arange(16), "h1": np.arange(8)}
-    seen = planted_defects(opened, {"x": samples(COUNT)}, kept, "y")
+    seen = planted_defects(opened, {"x": samples(COUNT)}, kept, ["y"])
     assert set(seen) == {"a unit is dropped", "a column is scaled", "units are shuffled"}
     assert all("h0" not in tensors for tensors in seen.values())
-    healthy = planted_defects(Intervened(mlp(), opened.patches), {"x": samples(COUNT)}, kept, "y")
+    healthy = planted_defects(Intervened(mlp(), opened.patches), {"x": samples(COUNT)}, kept, ["y"])
     assert all(tensors == ["h0", "h1"] for tensors in healthy.values())

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mscompile.audit.outputs import Measure, largest
 from mscompile.audit.report import Claim, Comparison, Convention, LawFound, PlainFound
 from mscompile.audit.setup import AuditOptions, Setup
 from mscompile.certificate import SequentialTest, betting_bound, hoeffding_bound, risk_bound, risk_floor
-from mscompile.errors import UsageError
 from mscompile.interchange import Law, Trials, disjoint_pairs
-from mscompile.metrics import Difference, Metric, choose_metric, relative_mse
+from mscompile.metrics import Difference, relative_mse
 from mscompile.runtime import Progress, no_progress
 
 SWAPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -32,49 +32,29 @@ class Tested:
 
 def decide_claims(setup: Setup, options: AuditOptions, progress: Progress = no_progress) -> list[Tested]:
     """Test every claim; those under one law and swap probability share their trials, and stop when all are decided."""
-    metrics = [choose_metric(name, setup.metric) for name in options.metrics]
-    count = len(options.laws) * len(options.swaps) * len(options.conventions) * len(metrics)
+    measures = setup.measures
+    count = len(options.laws) * len(options.swaps) * len(options.conventions) * len(measures)
     delta = options.delta / count
     tested = []
     for law in options.laws:
         for swap in options.swaps:
-            tests: dict[tuple[Convention, str], tuple[Metric, SequentialTest, list[npt.NDArray[np.float64]]]] = {
-                (convention, metric.name): (metric, SequentialTest(options.fidelity, delta), [])
+            tests = [
+                (convention, measure, SequentialTest(options.fidelity, delta), list[npt.NDArray[np.float64]]())
                 for convention in options.conventions
-                for metric in metrics
-            }
+                for measure in measures
+            ]
             for trials in stream(setup, options, law, swap, options.trials, progress):
-                for (convention, _), (metric, test, losses) in tests.items():
+                for convention, measure, test, losses in tests:
                     answer = trials.matched if convention == "matched" else trials.own
                     assert answer is not None
-                    loss = checked(metric, trials.dense, answer)
-                    losses.append(loss)
-                    test.update(loss)
-                if all(test.verdict != "undecided" for _, test, _ in tests.values()):
+                    losses.append(measure.loss(trials.dense, answer))
+                    test.update(losses[-1])
+                if all(test.verdict != "undecided" for _, _, test, _ in tests):
                     break
-            for (convention, name), (_, test, losses) in tests.items():
+            for convention, measure, test, losses in tests:
                 used = np.concatenate(losses)[: test.trials] if losses else np.zeros(0)
-                tested.append(Tested(_claim(test, used, law, swap, convention, name), used))
+                tested.append(Tested(_claim(test, used, law, swap, convention, measure), used))
     return tested
-
-
-def checked(metric: Metric, dense: npt.NDArray[Any], compiled: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Losses of a metric, which may be a user's own.
-
-    Raises
-    ------
-    UsageError
-        They are not numbers in [0, 1], one a sample: the certificate would not hold.
-    """
-    loss = np.asarray(metric.loss(dense, compiled), dtype=np.float64)
-    if loss.shape != (len(dense),) or not ((loss >= 0.0) & (loss <= 1.0)).all():
-        raise UsageError(
-            "the metric cannot be used",
-            where=metric.name,
-            why=f"of {len(dense)} losses in [0, 1] it gave shape {loss.shape}, the largest {loss.max(initial=-np.inf):g}",
-            hint="return one number per sample, 0 where the outputs agree",
-        )
-    return loss
 
 
 def stream(
@@ -98,14 +78,20 @@ def stream(
 
 
 def _claim(
-    test: SequentialTest, losses: npt.NDArray[np.float64], law: Law, swap: float, convention: Convention, metric: str
+    test: SequentialTest,
+    losses: npt.NDArray[np.float64],
+    law: Law,
+    swap: float,
+    convention: Convention,
+    measure: Measure,
 ) -> Claim:
     total, trials, delta = test.total, test.trials, test.delta
     return Claim(
+        outputs=list(measure.outputs),
         law=law,
         swap=swap,
         convention=convention,
-        metric=metric,
+        metric=measure.metric,
         fidelity=test.fidelity,
         delta=delta,
         verdict=test.verdict,
@@ -125,17 +111,20 @@ def _claim(
 def measure_laws(setup: Setup, options: AuditOptions, progress: Progress = no_progress) -> list[LawFound]:
     """IIA by law and swap probability in both conventions; trials of all lines share their random numbers."""
     laws: tuple[Law, ...] = ("one-site", "all-sites") if len(setup.tau.sites) > 1 else ("one-site",)
-    metric = choose_metric(options.metrics[0], setup.metric)
+    measure, output = setup.measures[0], setup.engine.output
     found = []
     for law in laws if options.table else ():
         for swap in SWAPS:
             count, matched, own = 0, 0.0, 0.0
-            difference = Difference(classes=metric.classes)
+            each = dict.fromkeys(measure.outputs, 0.0)
+            difference = Difference(classes=measure.first.classes)
             for trials in stream(setup, options, law, swap, options.table, progress, own=True):
                 count += len(trials.base)
-                matched += float(checked(metric, trials.dense, trials.matched).sum())
-                own += float(checked(metric, trials.dense, trials.own).sum())
-                difference.add(trials.dense, trials.matched)
+                losses = measure.by_output(trials.dense, trials.matched)
+                matched += float(largest(losses.values()).sum())
+                own += float(measure.loss(trials.dense, trials.own).sum())
+                each = {name: total + float(losses[name].sum()) for name, total in each.items()}
+                difference.add(trials.dense[output], trials.matched[output])
             found.append(
                 LawFound(
                     law=law,
@@ -143,6 +132,7 @@ def measure_laws(setup: Setup, options: AuditOptions, progress: Progress = no_pr
                     trials=count,
                     iia_matched=1.0 - matched / count,
                     iia_own=1.0 - own / count,
+                    by_output=_by_output(each, count),
                     logit_mse_relative=difference.relative_mse,
                     kl=difference.kl,
                 )
@@ -150,14 +140,22 @@ def measure_laws(setup: Setup, options: AuditOptions, progress: Progress = no_pr
     return found
 
 
-def measure_plain(setup: Setup, metric: Metric) -> PlainFound:
+def _by_output(losses: dict[str, float], count: int) -> dict[str, float]:
+    """Mean agreement of each of several outputs."""
+    return {name: 1.0 - total / count for name, total in losses.items()} if len(losses) > 1 else {}
+
+
+def measure_plain(setup: Setup) -> PlainFound:
     """Agreement and accuracies without intervention, over all samples."""
+    measure, output, labels = setup.measures[0], setup.engine.output, setup.samples.labels
     dense, compiled = setup.engine.plain(setup.samples)
+    losses = measure.by_output(dense, compiled)
     return PlainFound(
-        agreement=1.0 - float(checked(metric, dense, compiled).mean()),
-        logit_mse_relative=relative_mse(dense, compiled),
-        accuracy_dense=metric.accuracy(dense, setup.samples.labels),
-        accuracy_compiled=metric.accuracy(compiled, setup.samples.labels),
+        agreement=1.0 - float(largest(losses.values()).mean()),
+        by_output=_by_output({name: float(loss.sum()) for name, loss in losses.items()}, len(setup.samples)),
+        logit_mse_relative=relative_mse(dense[output], compiled[output]),
+        accuracy_dense=measure.first.accuracy(dense[output], labels),
+        accuracy_compiled=measure.first.accuracy(compiled[output], labels),
     )
 
 
@@ -166,15 +164,21 @@ def compare(ours: Setup, other: Setup, options: AuditOptions, progress: Progress
 
     With Z and Z' the losses of the two in a trial, W = (1 + Z' − Z) / 2 lies in [0, 1]; E[W] = ½ where neither is better.
     Bounds on E[W] are bounds on the difference 2 E[W] − 1; each end at half of δ.
+
+    The paired test is a sign test on the trials in which Z and Z' differ, as McNemar's is, but may be looked at after every
+    one: the chance that Z' is the larger is ½ where neither is better, and is tested to both sides at half of δ.
     """
     law, swap = options.laws[0], options.swaps[0]
-    metric = choose_metric(options.metrics[0], ours.metric)
     total, plain, others, count = 0.0, 0.0, 0.0, 0
+    test = SequentialTest(0.5, options.delta / 2.0)
     streams = [stream(setup, options, law, swap, options.trials, progress, own=False) for setup in (ours, other)]
-    for one, two in zip(*(_losses(found, metric) for found in streams), strict=True):
+    measured = zip(*(_losses(found, s.measures[0]) for found, s in zip(streams, (ours, other), strict=True)), strict=True)
+    for one, two in measured:
         total += float(((1.0 + two - one) / 2.0).sum())
         plain, others, count = plain + float(one.sum()), others + float(two.sum()), count + len(one)
+        test.update((two > one)[two != one].astype(np.float64))
     delta = options.delta / 2.0
+    against = round(test.total)
     return Comparison(
         other=other.compiled.file,
         trials=count,
@@ -183,10 +187,13 @@ def compare(ours: Setup, other: Setup, options: AuditOptions, progress: Progress
         difference=2.0 * total / count - 1.0,
         difference_lower=2.0 * risk_floor(total, count, delta) - 1.0,
         difference_upper=2.0 * risk_bound(total, count, delta) - 1.0,
+        for_other=test.trials - against,
+        against_other=against,
+        verdict={"certified": "better", "refuted": "worse", "undecided": "undecided"}[test.verdict],  # type: ignore[arg-type]
         delta=options.delta,
     )
 
 
-def _losses(found: Iterable[Trials], metric: Metric) -> Iterable[npt.NDArray[np.float64]]:
+def _losses(found: Iterable[Trials], measure: Measure) -> Iterable[npt.NDArray[np.float64]]:
     for trials in found:
-        yield checked(metric, trials.dense, trials.matched)
+        yield measure.loss(trials.dense, trials.matched)

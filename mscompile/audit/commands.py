@@ -13,7 +13,7 @@ from mscompile.errors import GoalError, UsageError, VerificationError
 from mscompile.terminal import answer, ascii_json, bars, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
-    from mscompile.audit.report import AuditReport
+    from mscompile.audit.report import AuditReport, Claim
 
 EXIT = {"certified": 0, "refuted": VerificationError.exit_code, "undecided": GoalError.exit_code}
 PATH = click.Path(path_type=Path)
@@ -37,7 +37,11 @@ PATH = click.Path(path_type=Path)
     help="Values patched into the compiled model: matched (the dense model's) or own. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--metric", "metrics", multiple=True,
+    "--output", "outputs", multiple=True, metavar="NAME[=W]",
+    help="Compare this output, of weight W among several. Repeatable. [default: all with a result per sample]",
+)  # fmt: skip
+@click.option(
+    "--metric", "metrics", multiple=True, metavar="[OUTPUT=]METRIC",
     help="Agreement: argmax, kl, cosine, distance, equality, script.py:function. Repeatable. [default: by the output]",
 )  # fmt: skip
 @click.option("--delta", type=float, default=0.05, show_default=True, help="Error probability, shared by all claims.")
@@ -60,8 +64,12 @@ PATH = click.Path(path_type=Path)
     "--table", type=click.IntRange(min=0), default=500, show_default=True, help="Interchanges per line of the table."
 )
 @click.option("--explain/--no-explain", default=True, show_default=True, help="Look for what explains the number.")
-@click.option("--replay", type=PATH, metavar="CERTIFICATE", help="Run a certificate's trials again, and compare.")
-@click.option("-o", "--output", type=PATH, help="Certificate to write. [default: COMPILED.audit.json]")
+@click.option(
+    "--provenance/--no-provenance", default=True, show_default=True,
+    help="Refute a file that says mscompile made it and was changed since; --no-provenance: judge by trials alone.",
+)  # fmt: skip
+@click.option("--replay", type=PATH, metavar="CERTIFICATE", help="Make a certificate's audit again, and compare.")
+@click.option("-o", "--out", "output", type=PATH, help="Certificate to write. [default: COMPILED.audit.json]")
 @click.option("--html", type=PATH, metavar="PATH", help="One offline page to write.")
 @click.option("--markdown", type=PATH, metavar="PATH", help="Markdown to write.")
 @click.option("--statement", type=PATH, metavar="PATH", help="Unsigned in-toto Statement to write.")
@@ -97,7 +105,8 @@ def audit_command(
     """
     del verbose
     if replay is not None:
-        return _replay(replay, dense, compiled, data, silent=quiet or as_json)
+        files = {"against": chosen["against"], "explain": chosen["explain"]}
+        return _replay(replay, dense, compiled, data, silent=quiet or as_json, **files)
     if dense is None or compiled is None or data is None:
         raise UsageError(
             "an audit needs two models and data",
@@ -108,12 +117,14 @@ def audit_command(
     from mscompile.audit.pipeline import audit
     from mscompile.audit.setup import AuditOptions
     from mscompile.files import output_conflict
+    from mscompile.stage_commands import parse_outputs
 
     target = output if output is not None else compiled.with_suffix(".audit.json")
     written = [path for path in (target, html, markdown, statement) if path is not None]
     output_conflict(written, force=force, inputs=[dense, compiled, *([Path(data)] if Path(data).is_file() else [])])
     files = {name: chosen.pop(name) for name in ("tau", "plan", "calib", "against")}
     chosen["metrics"] = chosen["metrics"] or (None,)
+    chosen["outputs"] = parse_outputs(chosen["outputs"])
     with bars(silent=quiet or as_json) as progress:
         report = audit(
             dense, compiled, data, AuditOptions(**chosen), **files, output=target, command=command, progress=progress
@@ -128,22 +139,29 @@ def audit_command(
     return EXIT[report.verdict]
 
 
-def _replay(certificate: Path, dense: Path | None, compiled: Path | None, data: str | None, *, silent: bool) -> int:
+def _replay(
+    certificate: Path, dense: Path | None, compiled: Path | None, data: str | None, *, silent: bool, **more: Any
+) -> int:
     from mscompile.audit.replay import replay
+    from mscompile.version import __version__
 
     if not certificate.is_file():
         raise UsageError(
             "there is no such file", where=str(certificate), why="a certificate was to be read", hint="check the path"
         )
     with bars(silent=silent) as progress:
-        found = replay(certificate, dense, compiled, data, progress)
+        found = replay(certificate, dense, compiled, data, progress, **more)
     for text in found.differences:
         say(f"differs: {plain(text, 1000)}", fg="yellow")
     totals = "; ".join(f"S = {c.disagreements:g} of n = {c.trials:,}" for c in found.claims)
     if found.differences:
-        answer(f"not reproduced: {totals}")
+        made_by = found.report.versions["mscompile"]
+        by = "" if made_by == __version__ else f" (made by mscompile {made_by}, run again by {__version__})"
+        answer(f"not reproduced: {totals}{by}")
         return VerificationError.exit_code
-    answer(f"reproduced: {totals}; the certificate says {found.report.verdict}")
+    how = "every number is the same" if found.exact else "the other numbers agree to rounding"
+    left_out = f", without {', '.join(found.left_out)}" if found.left_out else ""
+    answer(f"reproduced: {totals}; {how}{left_out}; the certificate says {found.report.verdict}")
     return 0
 
 
@@ -203,16 +221,20 @@ def _lines(report: AuditReport, width: int, target: Path) -> Iterator[str]:
         "weights": "inferred from weights",
     }
     yield from sentence(f"tau: {units:,} units at {len(report.tau)} sites, {origin[report.tau_origin]}", width)
+    yield from sentence(f"provenance: {plain(report.checks[0].detail, 300)}", width)
     failed = [check for check in report.checks if check.passed is False]
     passed = sum(check.passed is True for check in report.checks)
     yield from sentence(f"self-checks: {passed} passed" + "".join(f"; FAILED {c.name}: {c.detail}" for c in failed), width)
     yield ""
+    several = len(report.outputs) > 1
     rows = [
-        (c.law, f"{c.swap:g}", c.convention, plain(c.metric), f"{c.fidelity:g}", f"{c.iia:.4f}", f"{c.iia_lower:.4f}",
-         f"{c.iia_upper:.4f}", f"{c.trials:,}", c.verdict)
+        (c.law, f"{c.swap:g}", *([_outputs(c)] if several else []), c.convention, *([] if several else [plain(c.metric)]),
+         f"{c.fidelity:g}", f"{c.iia:.4f}", f"{c.iia_lower:.4f}", f"{c.iia_upper:.4f}", f"{c.trials:,}", c.verdict)
         for c in report.claims
     ]  # fmt: skip
-    yield from table(("claim", "swap", "values", "metric", "goal", "IIA", "least", "most", "trials", "verdict"), rows, width)
+    # With several outputs every metric stands behind its output.
+    head = ("claim", "swap", "output: metric", "values") if several else ("claim", "swap", "values", "metric")
+    yield from table((*head, "goal", "IIA", "least", "most", "trials", "verdict"), rows, width)
     if report.laws:
         yield ""
         laws = [
@@ -232,8 +254,14 @@ def _lines(report: AuditReport, width: int, target: Path) -> Iterator[str]:
     yield from sentence(plain(f"certificate: {target}"), width)
 
 
+def _outputs(claim: Claim) -> str:
+    return "all" if len(claim.outputs) > 1 else plain(f"{claim.outputs[0]}: {claim.metric}", 60)
+
+
 def _explanation(report: AuditReport, width: int) -> Iterator[str]:
     agreement = f"without intervention: agreement {report.plain.agreement:.4f}"
+    if report.plain.by_output:
+        agreement += f" ({', '.join(f'{plain(name)} {share:.4f}' for name, share in report.plain.by_output.items())})"
     if report.plain.accuracy_dense is not None and report.plain.accuracy_compiled is not None:
         agreement += f"; accuracy {report.plain.accuracy_dense:.4f} dense, {report.plain.accuracy_compiled:.4f} compiled"
     yield from sentence(agreement, width)
@@ -262,7 +290,8 @@ def _explanation(report: AuditReport, width: int) -> Iterator[str]:
         yield from sentence(
             plain(
                 f"{c.other.path}: IIA {c.iia_other:.4f} against {c.iia:.4f}; it disagrees more often by "
-                f"{c.difference:.4f} ({c.difference_lower:.4f} to {c.difference_upper:.4f})",
+                f"{c.difference:.4f} ({c.difference_lower:.4f} to {c.difference_upper:.4f}); paired test: {c.verdict}, "
+                f"{c.for_other} trials for it, {c.against_other} against",
                 1000,
             ),
             width,

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mscompile.audit.claims import checked, stream
+from mscompile.audit.claims import stream
+from mscompile.audit.outputs import Measure, largest
 from mscompile.audit.report import Counterexample
 from mscompile.audit.setup import AuditOptions, Setup
 from mscompile.interchange import Trials
-from mscompile.metrics import Metric, choose_metric
 from mscompile.surgery import patched
 
 LARGEST = 1 << 28
@@ -38,6 +38,16 @@ Unit = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Case:
+    """A trial on which the models disagree, its loss, and the output that shows it."""
+
+    trials: Trials
+    row: int
+    loss: float
+    measure: Measure
+
+
+@dataclass(frozen=True)
 class Found:
     """A counterexample and the masks that make it."""
 
@@ -48,28 +58,30 @@ class Found:
 def find(setup: Setup, options: AuditOptions) -> Found | None:
     """The first disagreement under the first claim's law, preferably of samples on which the models agree by themselves."""
     law, swap = options.laws[0], options.swaps[0]
-    metric = choose_metric(options.metrics[0], setup.metric)
-    fallback: tuple[Trials, int, float] | None = None
+    measure = setup.measures[0]
+    fallback: Case | None = None
     for trials in stream(setup, options, law, swap, SEARCHED, own=False):
-        losses = checked(metric, trials.dense, trials.matched)
+        by_output = measure.by_output(trials.dense, trials.matched)
+        losses = largest(by_output.values())
         for row in np.flatnonzero(losses >= max(losses.max(), 1e-9)) if losses.max() > 0 else ():
-            here = (trials, int(row), float(losses[row]))
+            part = next(p for p in measure.parts if by_output[p[0]][row] == losses[row])
+            here = Case(trials, int(row), float(losses[row]), Measure((part,)))
             fallback = fallback or here
-            if _losses(setup, metric, here, [[]])[0] < 0.5 * here[2]:
-                return _shrunk(setup, metric, here)
-    return None if fallback is None else _shrunk(setup, metric, fallback)
+            if _losses(setup, here, [[]])[0] < 0.5 * here.loss:
+                return _shrunk(setup, here)
+    return None if fallback is None else _shrunk(setup, fallback)
 
 
-def _shrunk(setup: Setup, metric: Metric, case: tuple[Trials, int, float]) -> Found:
+def _shrunk(setup: Setup, case: Case) -> Found:
     """Take units out in ever smaller parts while at least half of the loss stays (delta debugging, Zeller 1999)."""
-    trials, row, loss = case
+    trials, row, loss, output = case.trials, case.row, case.loss, case.measure.outputs[0]
     units: list[Unit] = [(i, int(u)) for i, mask in enumerate(trials.masks) for u in np.flatnonzero(mask[row])]
     before, parts = len(units), 1
     while units:
         pieces = [list(map(tuple, piece)) for piece in np.array_split(np.array(units), parts)]
         candidates = [piece for piece in pieces if parts > 1]
         candidates += [[unit for unit in units if unit not in set(piece)] for piece in pieces]
-        losses = _losses(setup, metric, case, candidates)
+        losses = _losses(setup, case, candidates)
         still = np.flatnonzero(losses >= 0.5 * loss)
         if len(still):
             units = candidates[int(min(still, key=lambda i: len(candidates[i])))]
@@ -90,25 +102,22 @@ def _shrunk(setup: Setup, metric: Metric, case: tuple[Trials, int, float]) -> Fo
         source=int(trials.source[row]),
         swapped=swapped,
         swapped_before=before,
-        dense_answer=_shown(found.dense[0]),
-        compiled_answer=_shown(found.matched[0]),
-        outputs=(setup.engine.output, setup.engine.answer),
+        dense_answer=_shown(found.dense[output][0]),
+        compiled_answer=_shown(found.matched[output][0]),
+        outputs=(output, setup.engine.answers[output]),
         folder=None,
     )
     return Found(report, masks)
 
 
-def _losses(
-    setup: Setup, metric: Metric, case: tuple[Trials, int, float], candidates: Sequence[Sequence[Unit]]
-) -> npt.NDArray[np.float64]:
+def _losses(setup: Setup, case: Case, candidates: Sequence[Sequence[Unit]]) -> npt.NDArray[np.float64]:
     """[candidates] losses of the case with other units swapped."""
-    trials, row, _ = case
-    losses = []
+    trials, row, losses = case.trials, case.row, []
     for start in range(0, len(candidates), setup.engine.batch_size):
         some = candidates[start : start + setup.engine.batch_size]
         base, source = (np.full(len(some), part[row]) for part in (trials.base, trials.source))
         found = setup.engine.interchange(setup.samples, base, source, _masks(trials, some))
-        losses.append(checked(metric, found.dense, found.matched))
+        losses.append(case.measure.loss(found.dense, found.matched))
     return np.concatenate(losses)
 
 

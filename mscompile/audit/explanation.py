@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from mscompile.audit.claims import checked, stream
+from mscompile.audit.claims import stream
 from mscompile.audit.report import Blame, Explanation, Unmapped
 from mscompile.audit.setup import AuditOptions, Setup
 from mscompile.certificate import risk_bound, risk_floor
 from mscompile.errors import MscompileError
 from mscompile.interchange import Correspondence, Draws, disjoint_pairs
 from mscompile.interventions import Setting
-from mscompile.metrics import Difference, Metric, Scatter, choose_metric
+from mscompile.metrics import Difference, Scatter
 from mscompile.operators import IntArray
-from mscompile.runtime import Progress, no_progress
+from mscompile.runtime import Arrays, Progress, no_progress
 
 Array = npt.NDArray[np.float64]
 
@@ -33,35 +33,33 @@ SAMPLES = 1000
 
 def explain(setup: Setup, options: AuditOptions, progress: Progress = no_progress) -> Explanation:
     """Compare effects, split the blame, and resample what tau leaves out, all under the first claim's law."""
-    law, swap = options.laws[0], options.swaps[0]
-    metric = choose_metric(options.metrics[0], setup.metric)
+    law, swap, output = options.laws[0], options.swaps[0], setup.engine.output
     plain_dense, plain_compiled = setup.engine.plain(setup.samples)
     difference, effects, unexplained = Difference(classes=False), Scatter(), 0.0
     for trials in stream(setup, options, law, swap, TRIALS, progress, own=False):
-        y, z = trials.dense.astype(np.float64), trials.matched.astype(np.float64)
-        moved, followed = y - plain_dense[trials.base], z - plain_compiled[trials.base]
+        y, z = trials.dense[output].astype(np.float64), trials.matched[output].astype(np.float64)
+        moved, followed = y - plain_dense[output][trials.base], z - plain_compiled[output][trials.base]
         effects.add(moved)
         unexplained += float(np.square(moved - followed).sum())
         difference.add(y, z)
     spread = difference.scatter.total / max(difference.scatter.count, 1)
     return Explanation(
+        output=output,
         effect_r2=1.0 - unexplained / effects.total if effects.total > 0 else None,
         blame=_blame(setup, options, difference.relative_mse, spread),
-        unmapped=_unmapped(setup, options, metric, plain_dense, progress),
+        unmapped=_unmapped(setup, options, plain_dense, progress),
     )
 
 
 # --- the unmapped test ------------------------------------------------------------------------------------------------
 
 
-def _unmapped(
-    setup: Setup, options: AuditOptions, metric: Metric, plain: npt.NDArray[Any], progress: Progress
-) -> Unmapped | None:
+def _unmapped(setup: Setup, options: AuditOptions, plain: Arrays, progress: Progress) -> Unmapped | None:
     """Resample the dense units outside tau from another input; with several sites, of one site a trial."""
     sites = [site for site in setup.tau.sites if len(site.kept) < site.size]
     if not sites:
         return None
-    engine, samples = setup.engine, setup.samples
+    engine, samples, measure = setup.engine, setup.samples, setup.measures[0]
     base, source = disjoint_pairs(len(samples), options.seed + 1)
     base, source = base[:TRIALS], source[:TRIALS]
     places, _ = Draws(options.seed + 1, []).take(0, len(base))
@@ -77,8 +75,8 @@ def _unmapped(
             mask = np.ones((len(drawn), site.size), dtype=np.bool_)
             mask[:, site.kept] = False
             settings[site.dense.tensor] = (mask & (drawn == number)[:, None], values[site.dense.tensor])
-        found = engine.dense.run(samples.take(base[rows]).inputs, settings, [engine.output])[engine.output]
-        total += float(checked(metric, plain[base[rows]], found).sum())
+        found = engine.dense.run(samples.take(base[rows]).inputs, settings, list(engine.answers))
+        total += float(measure.loss({name: plain[name][base[rows]] for name in found}, found).sum())
     return Unmapped(
         trials=trials,
         agreement=1.0 - total / trials,
@@ -134,7 +132,7 @@ def site_floors(setup: Setup, swaps: tuple[float, ...]) -> Array | str:
     strange = [s.dense.tensor for s in mapped if s.dense.tensor not in known or known[s.dense.tensor].size != s.size]
     if strange:
         return f"the compiler knows no site {strange[0]}"
-    measure = what_to_measure(dense, Options(replacement="affine-pointwise", swap=0.5))
+    measure = what_to_measure(dense, Options(replacement="affine-pointwise", swap=0.5, output={setup.engine.output: 1.0}))
     chosen = [known[site.dense.tensor] for site in mapped]
     samples = setup.samples.take(slice(SAMPLES - SAMPLES % setup.engine.batch_size or setup.engine.batch_size))
     statistics = calibrate(dense.scm, chosen, samples, batch_size=setup.engine.batch_size, measure=measure)

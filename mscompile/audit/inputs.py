@@ -19,20 +19,24 @@ import onnx_ir as ir
 
 from mscompile.audit.disjointness import Fingerprints, decode, fingerprints
 from mscompile.audit.report import AuditedData, AuditedFile
-from mscompile.audit.tau import METADATA
 from mscompile.data import InputSpec, Samples, Source, read
 from mscompile.errors import DataError, ResourceError, UnsupportedError, UsageError, VerificationError
 from mscompile.files import load_model, read_weights, weight_bytes
+from mscompile.provenance import METADATA, changed_parts
 from mscompile.wire import LARGEST
 
 
 @dataclass(frozen=True)
 class AuditModel:
-    """One of the two models, as its file has it."""
+    """One of the two models, as its file has it.
+
+    `changed` lists what is no longer as `mscompile` wrote it; None where the file does not say that `mscompile` did.
+    """
 
     proto: onnx.ModelProto
     sha256: str
     path: Path
+    changed: tuple[str, ...] | None = None
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -64,7 +68,7 @@ def open_model(path: Path) -> AuditModel:
     proto = ir.to_proto(read_weights(model))
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
-    return AuditModel(proto, sha256, path)
+    return AuditModel(proto, sha256, path, changed_parts(model))
 
 
 def _spec(value: onnx.ValueInfoProto) -> InputSpec:
@@ -112,8 +116,12 @@ def check_interfaces(dense: AuditModel, compiled: AuditModel) -> list[str]:
     return notes
 
 
-def read_plan(path: Path | None, dense: AuditModel, compiled: AuditModel) -> tuple[dict[str, Any] | None, list[str]]:
+def read_plan(
+    path: Path | None, dense: AuditModel, compiled: AuditModel, *, provenance: bool = True
+) -> tuple[dict[str, Any] | None, list[str]]:
     """The plan file given, or that beside the compiled model where it is the one in its metadata.
+
+    Without `provenance`, metadata is held against neither, and only a plan that is given is used.
 
     Raises
     ------
@@ -121,19 +129,19 @@ def read_plan(path: Path | None, dense: AuditModel, compiled: AuditModel) -> tup
         The plan given is of another model, or not the one that was carried out; or the compiled file says that it was made
         from another dense model.
     """
-    metadata = compiled.metadata
+    metadata = compiled.metadata if provenance else {}
     made_from = metadata.get(METADATA + "model_sha256")
     if made_from not in (None, dense.sha256):
         raise VerificationError(
             "the compiled model was made from another dense model",
             where=str(compiled.path),
             why=f"its metadata names sha256 {str(made_from)[:12]}…, {dense.path} has {dense.sha256[:12]}…",
-            hint="compile again, or give the model that it was made from",
+            hint="compile again, give the model that it was made from, or judge by trials alone with --no-provenance",
         )
     notes: list[str] = []
     given = path is not None
     path = path if path is not None else compiled.path.with_suffix(".plan.json")
-    if not given and not path.is_file():
+    if not given and not (provenance and path.is_file()):
         return None, notes
     try:
         content = path.read_bytes()
@@ -193,7 +201,7 @@ def read_data(
     samples = read(source, dense.specs, labels=labels, limit=limit)
     notes = list(samples.notes)
     prints = fingerprints(samples)
-    known, compared_with = _known(calib, dense, compiled)
+    known, compared_with = known_samples(calib, dense, compiled)
     disjoint, count = "unknown", 0
     left_out: list[int] = []
     if known is not None:
@@ -238,7 +246,7 @@ def read_data(
     return Audited(samples, report)
 
 
-def _known(calib: Source | None, dense: AuditModel, compiled: AuditModel) -> tuple[Fingerprints | None, str | None]:
+def known_samples(calib: Source | None, dense: AuditModel, compiled: AuditModel) -> tuple[Fingerprints | None, str | None]:
     """Digests of the samples that the compiled model was made with, and where they are known from."""
     if calib is not None:
         known = read(calib, dense.specs)

@@ -20,11 +20,11 @@ import onnxruntime as ort
 from mscompile.audit import counterexample
 from mscompile.audit.claims import compare, decide_claims, measure_laws, measure_plain
 from mscompile.audit.inputs import open_model, read_data
-from mscompile.audit.report import AuditedData, AuditReport, Check, Claim
+from mscompile.audit.report import Asked, AuditedData, AuditReport, Check, Claim
 from mscompile.audit.setup import AuditOptions, Setup, prepare
 from mscompile.certificate import Verdict
 from mscompile.data import Source
-from mscompile.metrics import choose_metric
+from mscompile.metrics import Metric
 from mscompile.runtime import Progress, no_progress
 from mscompile.version import __version__
 
@@ -70,11 +70,36 @@ def audit(
     ours, theirs = open_model(Path(dense)), open_model(Path(compiled))
     audited = read_data(data, ours, theirs, calib=calib, labels=options.labels, limit=options.samples, shared=options.shared)
     setup = prepare(ours, theirs, audited.samples, options, tau=tau, plan=plan)
-    metric = choose_metric(options.metrics[0], setup.metric)
+    folder = None if output is None else output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
+    return examine(setup, options, audited.report, against=against, folder=folder, command=command, progress=progress)
+
+
+def examine(
+    setup: Setup,
+    options: AuditOptions,
+    data: AuditedData,
+    *,
+    against: Path | None = None,
+    folder: Path | None = None,
+    recorded: Sequence[Check] = (),
+    command: str = "",
+    progress: Progress = no_progress,
+) -> AuditReport:
+    """Test the claims on what has been opened, measure what is measured beside, and judge.
+
+    Parameters
+    ----------
+    folder
+        Where a counterexample is written.
+    recorded
+        Self-checks of an earlier audit, which stand where they could not be made again.
+    """
     claims = [tested.claim for tested in decide_claims(setup, options, progress)]
     comparison = None
     if against is not None:
-        other = prepare(ours, open_model(against), audited.samples, replace(options, batch_size=setup.engine.batch_size))
+        named = {output.dense: output.weight for output in setup.outputs}
+        same = replace(options, batch_size=setup.engine.batch_size, outputs=named)
+        other = prepare(setup.dense, open_model(against), setup.samples, same)
         setup.engine.batch_size = other.engine.batch_size = min(setup.engine.batch_size, other.engine.batch_size)
         comparison = compare(setup, other, options, progress)
     explanation = found = None
@@ -84,9 +109,10 @@ def audit(
         explanation = explain(setup, options, progress)
         case = counterexample.find(setup, options)
         if case is not None:
-            folder = None if output is None else output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
             found = case.report if folder is None else counterexample.write(case, setup, folder)
-    verdict, because = judge(claims, setup.checks, audited.report)
+    made = {check.name for check in setup.checks}
+    checks = [*setup.checks, *(check for check in recorded if check.name not in made)]
+    verdict, because = judge(claims, checks, data)
     return AuditReport(
         versions={
             "mscompile": __version__,
@@ -98,36 +124,53 @@ def audit(
         command=command,
         verdict=verdict,
         because=because,
-        dense=ours.file,
-        compiled=theirs.file,
+        dense=setup.dense.file,
+        compiled=setup.compiled.file,
         tau_origin=setup.tau.origin,
         tau=list(setup.sites),
-        data=audited.report,
-        output=setup.engine.output,
-        seed=options.seed,
+        data=data,
+        outputs=[output.report for output in setup.outputs],
+        asked=asked(options),
         batch_size=setup.engine.batch_size,
-        trials_most=options.trials,
-        checks=list(setup.checks),
+        checks=checks,
         claims=claims,
         laws=measure_laws(setup, options, progress),
-        plain=measure_plain(setup, metric),
+        plain=measure_plain(setup),
         explanation=explanation,
         counterexample=found,
         comparison=comparison,
-        scope=_scope(claims, audited.report, setup),
-        warnings=[*audited.report.notes, *setup.notes],
+        scope=_scope(claims, data, setup),
+        warnings=[*data.notes, *setup.notes],
     ).sealed()
+
+
+def asked(options: AuditOptions) -> Asked:
+    """The options as the certificate keeps them."""
+    return Asked(
+        fidelity=options.fidelity,
+        delta=options.delta,
+        laws=list(options.laws),
+        swaps=list(options.swaps),
+        conventions=list(options.conventions),
+        metrics=[metric.name if isinstance(metric, Metric) else metric for metric in options.metrics],
+        outputs=None if options.outputs is None else dict(options.outputs),
+        trials=options.trials,
+        table=options.table,
+        explain=options.explain,
+        provenance=options.provenance,
+        seed=options.seed,
+    )
 
 
 def judge(claims: Sequence[Claim], checks: Sequence[Check], data: AuditedData) -> tuple[Verdict, str]:
     """The verdict over all claims, and what it rests on."""
-    for check in checks:
-        if check.name == "fold" and check.passed is False:
-            return "refuted", check.detail
+    broken = [check.detail for check in checks if check.name in ("provenance", "fold") and check.passed is False]
+    if broken:
+        return "refuted", "; ".join(broken)
     refuted = [c for c in claims if c.verdict == "refuted"]
     if refuted:
         c = refuted[0]
-        return "refuted", f"IIA is at most {c.iia_upper:.4f} ({c.law}, swap {c.swap:g}, {c.convention} values, {c.metric})"
+        return "refuted", f"IIA is at most {c.iia_upper:.4f} ({_words(c, claims)})"
     failed = [check for check in checks if check.passed is False]
     if failed:
         return "undecided", f"a self-check failed ({failed[0].name}): the audit would not have seen the defect"
@@ -137,14 +180,21 @@ def judge(claims: Sequence[Claim], checks: Sequence[Check], data: AuditedData) -
     if open_:
         c = open_[0]
         return "undecided", (
-            f"{c.trials} trials leave IIA between {c.iia_lower:.4f} and {c.iia_upper:.4f} ({c.law}, swap {c.swap:g}, "
-            f"{c.convention} values, {c.metric}): more data would decide"
+            f"{c.trials} trials leave IIA between {c.iia_lower:.4f} and {c.iia_upper:.4f} ({_words(c, claims)}): more data "
+            "would decide"
         )
     least = min(claims, key=lambda c: c.iia_lower)
     return (
         "certified",
         f"IIA is at least {least.fidelity:g} in every claim, with confidence {1 - sum(c.delta for c in claims):g}",
     )
+
+
+def _words(claim: Claim, claims: Sequence[Claim]) -> str:
+    """A claim in words; its output where there are several."""
+    several = len({tuple(c.outputs) for c in claims}) > 1
+    which = "" if not several else "all outputs, " if len(claim.outputs) > 1 else f"output {claim.outputs[0]!r}, "
+    return f"{which}{claim.law}, swap {claim.swap:g}, {claim.convention} values, {claim.metric}"
 
 
 def _scope(claims: Sequence[Claim], data: AuditedData, setup: Setup) -> list[str]:
@@ -165,6 +215,12 @@ def _scope(claims: Sequence[Claim], data: AuditedData, setup: Setup) -> list[str
         sentences.append(f"{data.shared} audit examples took part in making the compiled model.")
     else:
         sentences.append(f"No audit example is among those of {data.compared_with}.")
+    came = next(check for check in setup.checks if check.name == "provenance")
+    sentences.append(
+        "What the file of the small model says of its origin is checked by digests, which show change and not forgery."
+        if came.passed is not None
+        else "The small model was judged by trials alone, not by where it comes from: a change that few answers show passes."
+    )
     if setup.tau.origin == "weights":
         sentences.append("Which unit is which was inferred from the weights.")
     return sentences

@@ -17,7 +17,7 @@ from mscompile.certificate import Verdict
 from mscompile.errors import UsageError, VerificationError
 from mscompile.interchange import Law
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("audit.schema.json")
 
 Convention = Literal["matched", "own"]
@@ -77,6 +77,32 @@ class AuditedSite(_Section):
     alike: float | None
 
 
+class ComparedOutput(_Section):
+    """An output of both models, how it is compared, and its weight among several, see `Claim`."""
+
+    dense: str
+    compiled: str
+    weight: float
+    metrics: list[str]
+
+
+class Asked(_Section):
+    """What was asked for: all that running the audit again needs beside files and data. None where that was left open."""
+
+    fidelity: float
+    delta: float
+    laws: list[Law]
+    swaps: list[float]
+    conventions: list[Convention]
+    metrics: list[str | None]
+    outputs: dict[str, float] | None
+    trials: int | None
+    table: int
+    explain: bool
+    provenance: bool
+    seed: int
+
+
 class Check(_Section):
     """A self-check made before any verdict; None where it does not apply."""
 
@@ -86,13 +112,17 @@ class Check(_Section):
 
 
 class Claim(_Section):
-    """IIA ≥ `fidelity` under one law, convention and metric.
+    """IIA ≥ `fidelity` under one law, convention and metric, of one output or of several together.
+
+    The loss of several outputs in a trial is the largest of theirs, each times its weight over the largest weight: where
+    weights are equal and metrics count disagreements, all must agree.
 
     Trials were looked at one by one, and stopped as soon as either verdict was sure: each is wrong with probability at most
     `delta`. `disagreements` is the sum of losses in [0, 1]. `iia_lower` and `iia_upper` hold at that confidence each.
     `hoeffding_lower` and `betting_lower` are what other bounds make of the same trials.
     """
 
+    outputs: list[str]
     law: Law
     swap: float
     convention: Convention
@@ -110,21 +140,26 @@ class Claim(_Section):
 
 
 class LawFound(_Section):
-    """Measured under one law, not certified: IIA in both conventions, and differences of the outputs, matched."""
+    """Measured under one law, not certified: IIA in both conventions, and differences of the first output, matched.
+
+    Of several outputs, IIA is that of all together, and `by_output` that of each, matched.
+    """
 
     law: Law
     swap: float
     trials: int
     iia_matched: float
     iia_own: float
+    by_output: dict[str, float]
     logit_mse_relative: float
     kl: float | None
 
 
 class PlainFound(_Section):
-    """Without intervention."""
+    """Without intervention; differences and accuracies are of the first output, see `LawFound`."""
 
     agreement: float
+    by_output: dict[str, float]
     logit_mse_relative: float
     accuracy_dense: float | None
     accuracy_compiled: float | None
@@ -157,8 +192,12 @@ class Blame(_Section):
 
 
 class Explanation(_Section):
-    """What explains the number."""
+    """What explains the number: effects and blame on the first output.
 
+    `effect_r2` is the share of the squared changes of the dense output by interchange that the compiled one shows.
+    """
+
+    output: str
     effect_r2: float | None
     blame: Blame
     unmapped: Unmapped | None
@@ -181,7 +220,11 @@ class Counterexample(_Section):
 
 
 class Comparison(_Section):
-    """Another compiled model on the same trials: how much more often it disagrees, with an interval valid at any time."""
+    """Another compiled model on the same trials: how much more often it disagrees, with an interval valid at any time.
+
+    The paired test looks at trials in which one loss is larger than the other: `for_other` and `against_other` count them up
+    to the `verdict`, which says whether the other model is better or worse, wrong with probability at most `delta`.
+    """
 
     other: AuditedFile
     trials: int
@@ -190,13 +233,16 @@ class Comparison(_Section):
     difference: float
     difference_lower: float
     difference_upper: float
+    for_other: int
+    against_other: int
+    verdict: Literal["better", "worse", "undecided"]
     delta: float
 
 
 class AuditReport(_Section):
     """The whole certificate."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     kind: Literal["audit"] = "audit"
     versions: dict[str, str]
     command: Text
@@ -204,13 +250,12 @@ class AuditReport(_Section):
     because: str
     dense: AuditedFile
     compiled: AuditedFile
-    tau_origin: str
+    tau_origin: Literal["given", "plan", "metadata", "weights"]
     tau: list[AuditedSite]
     data: AuditedData
-    output: str
-    seed: int
+    outputs: list[ComparedOutput]
+    asked: Asked
     batch_size: int
-    trials_most: int | None
     checks: list[Check]
     claims: list[Claim]
     laws: list[LawFound]

@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mscompile.audit.inputs import AuditModel, check_interfaces, read_plan
+from mscompile.audit.outputs import Measure, Output, choose_outputs, measures_of
 from mscompile.audit.report import AuditedSite, Check, Convention
-from mscompile.audit.tau import SiteClaim, Tau, claims_of_file, claims_of_metadata, claims_of_plan, inferred, resolve
+from mscompile.audit.tau import Origin, SiteClaim, Tau, claims_of_file, claims_of_metadata, claims_of_plan, inferred, resolve
 from mscompile.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
 from mscompile.data import Samples
-from mscompile.errors import MscompileError, UsageError
+from mscompile.errors import MscompileError, UsageError, VerificationError
 from mscompile.interchange import Engine, Law, Pair
 from mscompile.metrics import Metric
+from mscompile.provenance import METADATA
 from mscompile.runtime import Arrays, Session
 from mscompile.surgery import Do, Reweighted, probe, replaced, weightless
 
@@ -35,7 +37,10 @@ class AuditOptions:
         IIA to certify.
     laws, swaps, conventions, metrics
         Each combination is a claim; all claims share `delta`. A metric is a key of `METRICS`, ``script.py:function`` or a
-        `Metric`; None chooses by the output.
+        `Metric`; None chooses by the output. ``OUTPUT=METRIC`` is for that output alone.
+    outputs
+        Weight by name of the outputs compared; None for all that give one result per sample. Of several, each is a claim and
+        all together are one more: the largest loss, each times its weight over the largest weight.
     delta
         Probability that any verdict of certification is wrong, and likewise any of refutation.
     trials
@@ -46,6 +51,8 @@ class AuditOptions:
         What becomes of samples that took part in making the compiled model: ``refuse``, ``drop`` or ``keep``.
     explain
         Whether to look for what explains the number.
+    provenance
+        Whether a compiled file that says it comes from `mscompile` must be as that wrote it.
     """
 
     fidelity: float = 0.95
@@ -53,11 +60,13 @@ class AuditOptions:
     swaps: tuple[float, ...] = (0.1,)
     conventions: tuple[Convention, ...] = ("matched",)
     metrics: tuple[str | Metric | None, ...] = (None,)
+    outputs: Mapping[str, float] | None = None
     delta: float = 0.05
     trials: int | None = None
     table: int = 500
     shared: str = "refuse"
     explain: bool = True
+    provenance: bool = True
     labels: str | None = None
     samples: int | None = None
     batch_size: int = 64
@@ -76,6 +85,8 @@ class AuditOptions:
             ("shared", self.shared in ("refuse", "drop", "keep"), "is refuse, drop or keep"),
             ("batch_size", self.batch_size >= 1, "is at least 1"),
             ("seed", self.seed >= 0, "is not negative"),
+            ("metrics", bool(self.metrics), "are not empty"),
+            ("outputs", self.outputs is None or bool(self.outputs), "are not empty"),
         )
         for name, holds, rule in checks:
             if not holds:
@@ -99,12 +110,13 @@ class Setup:
     engine: Engine
     checks: tuple[Check, ...]
     sites: tuple[AuditedSite, ...]
+    outputs: tuple[Output, ...]
     notes: tuple[str, ...]
 
     @property
-    def metric(self) -> Metric:
-        """The metric that follows from the output."""
-        return self.engine.metric
+    def measures(self) -> tuple[Measure, ...]:
+        """What is claimed under every law; the first looks at all outputs."""
+        return measures_of(self.outputs)
 
 
 def prepare(
@@ -115,8 +127,11 @@ def prepare(
     *,
     tau: Path | Sequence[SiteClaim] | None = None,
     plan: Path | None = None,
+    origin: Origin | None = None,
 ) -> Setup:
     """Find tau, open the sessions and run the self-checks.
+
+    `origin` says where a given tau is known from, where it was not given at first.
 
     Raises
     ------
@@ -126,16 +141,27 @@ def prepare(
         tau is not known, or does not fit.
     """
     notes = check_interfaces(dense, compiled)
-    read, more = read_plan(plan, dense, compiled)
+    read, more = read_plan(plan, dense, compiled, provenance=options.provenance)
     fixed = {
         spec.shape[0] for model in (dense, compiled) for spec in model.specs if spec.shape and isinstance(spec.shape[0], int)
     }
     batch_size = int(min(fixed)) if fixed else options.batch_size
-    first = next(samples.batches(min(batch_size, len(samples))))
-    found = _find_tau(tau, read if plan is not None else None, dense, compiled, first)
+    count = min(batch_size, len(samples))
+    first = next(samples.batches(count))
+    came = _provenance(compiled, held=options.provenance)
+    try:
+        found, values = _find_tau(tau, read if plan is not None else None, dense, compiled, first)
+    except UsageError as error:
+        if came.passed is False and tau is None:
+            raise VerificationError(
+                error.what, where=error.where, why=f"{came.detail}; {error.why}", hint="get the file that was compiled"
+            ) from error
+        raise
+    found = found if origin is None else replace(found, origin=origin)
+    outputs, left_out = choose_outputs(options.outputs, options.metrics, dense.proto, compiled.proto, values, count)
     pair = Pair(dense.proto, compiled.proto, found.sites)
-    engine = Engine(pair, samples, batch_size=batch_size)
-    checks = [Check(name="null and self patch", passed=True, detail="no output bit changes, in either model")]
+    engine = Engine(pair, samples, batch_size=batch_size, outputs={o.dense: o.compiled for o in outputs})
+    checks = [came, Check(name="null and self patch", passed=True, detail="no output bit changes, in either model")]
     check_rows("dense", engine.dense, engine.batch)
     check_rows("compiled", engine.compiled, engine.batch)
     checks.append(
@@ -145,7 +171,8 @@ def prepare(
             detail="the source's outputs come back" if engine.full_source_checked else "a path leads past the sites of tau",
         )
     )
-    defects = planted_defects(engine.dense, engine.batch, {s.dense.tensor: s.kept for s in found.sites}, engine.output)
+    kept = {site.dense.tensor: site.kept for site in found.sites}
+    defects = planted_defects(engine.dense, engine.batch, kept, list(engine.answers))
     checks.append(
         Check(name="identity", passed=True, detail="the dense model agrees with itself under interchange, bit for bit")
     )
@@ -157,7 +184,8 @@ def prepare(
         checks.append(_check_fold(read, engine))
     if not fixed and any(
         depends_on_batch(model, engine.batch, name)
-        for model, name in ((engine.dense, engine.output), (engine.compiled, engine.answer))
+        for output, answer in engine.answers.items()
+        for model, name in ((engine.dense, output), (engine.compiled, answer))
     ):
         engine.batch_size = 1
         notes.append("an answer depends on the other samples of its batch, as with dynamic quantisation: run one by one")
@@ -165,7 +193,22 @@ def prepare(
     weak = [s.dense for s in sites if s.alike is not None and s.alike < ALIKE]
     if weak and found.origin == "weights":
         notes.append(f"units matched by weights behave differently in the two models at {', '.join(weak[:5])}")
-    return Setup(dense, compiled, found, read, samples, engine, tuple(checks), sites, (*notes, *more, *found.notes))
+    notes += [*left_out, *more, *found.notes]
+    return Setup(dense, compiled, found, read, samples, engine, tuple(checks), sites, outputs, tuple(notes))
+
+
+def _provenance(compiled: AuditModel, *, held: bool) -> Check:
+    """Whether a file that says it comes from `mscompile` is as that wrote it."""
+    name, changed = "provenance", compiled.changed
+    if changed is None:
+        return Check(name=name, passed=None, detail="the file does not say that mscompile made it: judged by trials alone")
+    if not held:
+        return Check(name=name, passed=None, detail="what the file says of its origin is left aside: judged by trials alone")
+    version = compiled.metadata.get(METADATA + "version", "of an unknown version")[:40]
+    if changed:
+        detail = f"the file says that mscompile {version} made it, but its {' and '.join(changed)} are not what that wrote"
+        return Check(name=name, passed=False, detail=detail)
+    return Check(name=name, passed=True, detail=f"weights, graph and metadata are those that mscompile {version} wrote")
 
 
 def _check_fold(plan: Mapping[str, Any], engine: Engine) -> Check:
@@ -195,11 +238,18 @@ def _check_fold(plan: Mapping[str, Any], engine: Engine) -> Check:
         return Check(
             name="fold", passed=None, detail=f"the plan cannot be written into the dense file as it is: {error}"[:200]
         )
-    wanted = reference.run(engine.batch, [engine.output])[engine.output].astype(np.float64)
-    found = engine.compiled.read(engine.batch, [engine.answer])[engine.answer].astype(np.float64)
-    gap = float(np.abs(wanted - found).max() / max(float(wanted.std()), float(np.finfo(np.float32).tiny)))
+    expected, found = reference.run(engine.batch, list(engine.answers)), engine.compiled.read(engine.batch)
+    # Whole numbers, such as the class of the highest score, may turn on a last bit.
+    compared = [o for o, values in expected.items() if values.dtype.kind == "f"] or list(expected)
+    gap = max(_gap(expected[output], found[engine.answers[output]]) for output in compared)
     detail = f"the compiled model is {gap:.1e} standard deviations from the dense one under the plan, by surgery"
     return Check(name="fold", passed=bool(gap <= FOLD_TOLERANCE), detail=detail)
+
+
+def _gap(wanted: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    """Largest difference in standard deviations."""
+    a, b = wanted.astype(np.float64), found.astype(np.float64)
+    return float(np.abs(a - b).max() / max(float(a.std()), float(np.finfo(np.float32).tiny)))
 
 
 def _floats(values: Any) -> npt.NDArray[np.float32]:
@@ -212,8 +262,8 @@ def _find_tau(
     dense: AuditModel,
     compiled: AuditModel,
     batch: Mapping[str, Any],
-) -> Tau:
-    """Tau from where it is known best."""
+) -> tuple[Tau, tuple[Arrays, Arrays]]:
+    """Tau from where it is known best; and the outputs of both models."""
     notes: tuple[str, ...] = ()
     if given is not None:
         origin, claims = "given", claims_of_file(given) if isinstance(given, Path) else list(given)
@@ -226,10 +276,11 @@ def _find_tau(
         claims, notes = inferred(dense.proto, compiled.proto)
     values = _values(dense, [claim.dense for claim in claims], batch)
     found = _values(compiled, [claim.compiled or claim.dense for claim in claims], batch)
-    return replace(resolve(claims, origin, values, found), notes=notes)  # type: ignore[arg-type]
+    return replace(resolve(claims, origin, values, found), notes=notes), (values, found)  # type: ignore[arg-type]
 
 
 def _values(model: AuditModel, names: Sequence[str], batch: Mapping[str, Any]) -> Arrays:
+    """Tensors of those names, and all outputs."""
     known = {name for node in model.proto.graph.node for name in node.output}
     for name in names:
         if name not in known:
@@ -242,7 +293,7 @@ def _values(model: AuditModel, names: Sequence[str], batch: Mapping[str, Any]) -
     skeleton, weights = weightless(model.proto)
     dtypes = {spec.name: spec.dtype for spec in model.specs}
     inputs = {name: array.astype(dtypes[name], copy=False) for name, array in batch.items()}
-    return Session(probe(skeleton, names), optimise=False, weights=weights).run(inputs, names)
+    return Session(probe(skeleton, names), optimise=False, weights=weights).run(inputs)
 
 
 def _describe(tau: Tau, engine: Engine) -> tuple[AuditedSite, ...]:

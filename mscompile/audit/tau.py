@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from mscompile.audit.alignment import infer
 from mscompile.errors import UsageError
 from mscompile.interchange import Correspondence
+from mscompile.provenance import METADATA
 from mscompile.runtime import Arrays
 from mscompile.surgery import Patch
 
 Origin = Literal["given", "plan", "metadata", "weights"]
-METADATA = "pkg.mscompile."
 
 
 class SiteClaim(BaseModel):

@@ -97,6 +97,9 @@ def _audit(report: AuditReport) -> dict[str, Any]:
         "meaning": meaning,
         "origin": ORIGINS[report.tau_origin],
         "culprit": _culprit(report),
+        "several": len(report.outputs) > 1,
+        "weighted": len({output.weight for output in report.outputs}) > 1,
+        "paired": _paired(report),
         "swapped": 0 if report.counterexample is None else sum(map(len, report.counterexample.swapped.values())),
         "lines": "" if report.counterexample is None else replay_lines(report.counterexample),
     }
@@ -109,6 +112,18 @@ def _measured(report: AuditReport) -> Iterable[tuple[float, int]]:
     for row in report.laws:
         if (row.law, row.swap) == (first.law, first.swap):
             yield (row.iia_matched if first.convention == "matched" else row.iia_own), row.trials
+
+
+def _paired(report: AuditReport) -> str:
+    """The paired test in a sentence."""
+    c = report.comparison
+    if c is None:
+        return ""
+    verdict = {"better": "The other is better", "worse": "The other is worse", "undecided": "Neither is shown to be better"}
+    return (
+        f"{verdict[c.verdict]}, by a paired test of the trials in which they differ: {c.for_other} for it, "
+        f"{c.against_other} against it."
+    )
 
 
 def _culprit(report: AuditReport) -> str:
