@@ -11,7 +11,8 @@ all, and runs its trials: disjoint pairs of the 10 000 test images, matched valu
 z is the published figure less the mean over trainings, in standard errors of that difference. Both are draws: the published
 one of one training (for random sets also of one set), ours of `--seeds` of them, with the error of their own trials in their
 spread; so its square is s² (1 + 1/k) + p (1 − p) / 10 000, s the standard deviation of our k draws (every random set of
-every training is one) and the last term the published trials'. With k = 3 it has two degrees of freedom: 95 % of such numbers lie within 4.3, not 2.
+every training is one) and the last term the published trials'. With k = 3 it has two degrees of freedom: 95 % of such
+numbers lie within 4.3, not 2.
 """
 
 from __future__ import annotations
