@@ -21,6 +21,7 @@ from mscompile.data import Samples
 from mscompile.instrument import Measure
 from mscompile.operators import IntArray
 from mscompile.prediction import unit_risks
+from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Scm, Site
 from mscompile.scores import OBJECTIVES, predictable
@@ -57,6 +58,7 @@ def with_scales(
     *,
     measure: Measure,
     batch_size: int,
+    run: Run = ALONE,
     progress: Progress = no_progress,
 ) -> Statistics:
     """The statistics with the scale of each site whose scores are risks at the outputs.
@@ -67,7 +69,7 @@ def with_scales(
     if not anchors.count or measure.curvature == "none" or measure.gradient or objective == "cwvar":
         return statistics
     lean = replace(measure, covariance=False, shared=False, windows=False, second=False)
-    again = calibrate(scm, sites, few, batch_size=batch_size, measure=lean)
+    again = calibrate(scm, sites, few, batch_size=batch_size, measure=lean, run=run)
     proto, scales = ir.to_proto(scm.model), {}
     dense = Session(proto)
     for site in progress(sites, "measure a few units", len(sites)):

@@ -1,14 +1,15 @@
 """Calibration: one streaming pass of onnxruntime that leaves with sums, never with activations.
 
 Nodes appended to a copy of the graph reduce each site's activations a, and the gradients λ = Jᵀv of the outputs for random
-or unit seeds v, to sums over samples (`mscompile.instrument`); those are accumulated here in float64.
+or unit seeds v, to sums over samples (`mscompile.instrument`); those are accumulated in float64 (`mscompile.summation`) and
+read here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnxruntime as ort
@@ -16,15 +17,16 @@ import onnxruntime as ort
 from mscompile.data import Samples
 from mscompile.errors import UsageError
 from mscompile.instrument import Instrument, Measure
-from mscompile.runtime import Progress, Session, no_progress
+from mscompile.runs.run import ALONE, Run
+from mscompile.runtime import Progress, no_progress
 from mscompile.scm import Scm, Site
 from mscompile.statistics import Array, Curvature, Moments, Statistics, WindowMoments
+from mscompile.summation import Shards, Summation
 from mscompile.survey import survey
-from mscompile.tally import before, name_of, quantity_of
-from mscompile.windows import window_of
+from mscompile.tally import name_of, quantity_of
+from mscompile.totals import total
+from mscompile.windows import window_name, window_of
 
-HELD_BATCHES = 16
-"""Batches summed up in float32 inside onnxruntime before the sums are added to the float64 totals outside."""
 GROUP_BYTES = 1 << 30
 """Bytes of channel-by-channel sums in the making; sites beyond it wait for another pass over the data."""
 BYTES = 24
@@ -39,6 +41,7 @@ def calibrate(
     batch_size: int,
     measure: Measure,
     memory: int = GROUP_BYTES,
+    run: Run = ALONE,
     progress: Progress = no_progress,
 ) -> Statistics:
     """Collect the statistics of `sites` over `samples`.
@@ -52,20 +55,34 @@ def calibrate(
     DataError
         Labels are needed and missing.
     """
-    total: Statistics | None = None
-    for group, blocks in _groups(sites, measure, scm.model.graph.opset_imports.get("", 1), memory):
+    whole: Statistics | None = None
+    stage = run.work.stage(
+        "calibrate",
+        data=samples.sha256,
+        sites=[(site.tensor, site.axis, [window_name(reader) for reader in site.readers]) for site in sites],
+        batch_size=batch_size,
+        measure=vars(measure),
+        memory=memory,
+    )
+    shards = Shards(samples, batch_size)
+    for number, (group, blocks) in enumerate(_groups(sites, measure, scm.model.graph.opset_imports.get("", 1), memory)):
         parts = [
             # What is no outer product is the same in every pass.
             _pass(
-                scm, group, samples, batch_size, replace(measure, block=block, windows=measure.windows and not i), progress
+                scm,
+                group,
+                samples,
+                batch_size,
+                replace(measure, block=block, windows=measure.windows and not i),
+                partial(total, shards=shards, stage=stage, name=f"pass-{number}-{i}", run=run, progress=progress),
             )
             for i, block in enumerate(blocks)
         ]
         part = _symmetric(_stacked(parts) if len(parts) > 1 else parts[0])
-        total = part if total is None else _side_by_side(total, part)
-    if total is None:
+        whole = part if whole is None else _side_by_side(whole, part)
+    if whole is None:
         raise UsageError("there is no site to calibrate", where="sites", why="the list is empty", hint="name a site")
-    return total
+    return whole
 
 
 def _groups(
@@ -137,23 +154,17 @@ def _side_by_side(a: Statistics, b: Statistics) -> Statistics:
 
 
 def _pass(
-    scm: Scm, sites: Sequence[Site], samples: Samples, batch_size: int, measure: Measure, progress: Progress
+    scm: Scm,
+    sites: Sequence[Site],
+    samples: Samples,
+    batch_size: int,
+    measure: Measure,
+    total: Callable[[Summation], dict[str, Array]],
 ) -> Statistics:
     outputs = measure.outputs if measure.curvature != "none" else {}
     first = survey(scm, sites, next(samples.batches(batch_size)), min(batch_size, len(samples)), outputs)
     instrument = Instrument(scm, sites, first, measure, len(samples))
-    session = Session(instrument.model)
-    totals: dict[str, Array] = {}
-    state, start, held = instrument.tally.empty(), 0, 0
-    batches = math.ceil(len(samples) / batch_size)
-    for number, batch in enumerate(progress(samples.batches(batch_size), "calibrate", batches), start=1):
-        count = min(batch_size, len(samples) - start)
-        sums = session.step({**batch, **instrument.feed(number, start, count, samples)}, state)
-        state = {before(name): value for name, value in sums.items()}
-        start, held = start + count, held + count
-        if number % HELD_BATCHES == 0 or number == batches:
-            _add(totals, instrument.tally.read(sums, held))
-            state, held = instrument.tally.empty(), 0
+    totals = instrument.tally.read(total(instrument.summation), len(samples))
     centres = {site.tensor: instrument.centres[site.tensor].astype(np.float64) for site in sites}
     return Statistics(
         {site.tensor: _moments(site, totals, centres[site.tensor], measure.block) for site in sites},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from mscompile.plan import Plan, SitePlan, make_plan
 from mscompile.recalibration import Step, recalibrate
 from mscompile.replacements import AFFINE_FITS, Factor, fit_affine
 from mscompile.rewrite import Compiled, rewrite
+from mscompile.runs.work import FORGET, Stage, digest
 from mscompile.runtime import Progress
 from mscompile.scores import Scores
 from mscompile.selection import Elimination
@@ -56,6 +58,8 @@ class Workshop:
     ----------
     parts
         The data, see `search.SHARES`: candidates are fitted on `calibrate` and compared on `choose`.
+    stage
+        Where measurements are kept.
     """
 
     source: DenseModel
@@ -66,6 +70,7 @@ class Workshop:
     options: Options
     clock: Clock
     progress: Progress
+    stage: Stage = FORGET
     _planned: dict[tuple[int, int, bool], tuple[SitePlan, ...]] = field(default_factory=dict, repr=False)
 
     @property
@@ -150,6 +155,7 @@ class Workshop:
                     self.outputs,
                     batch_size=self.batch,
                     seed=options.seed,
+                    stage=self.stage,
                     progress=self.progress,
                 )
         with self.clock.time("rewrite"):
@@ -166,12 +172,15 @@ class Workshop:
         """Interchange on one part, under the law asked for unless another is given."""
         assert candidate.interchange is not None
         options = self.options
-        with self.clock.time("verify"):
-            return candidate.interchange.run(
-                self.parts[part],
-                law=options.law if law is None else law,
-                swap=options.swap if swap is None else swap,
-                seed=options.seed,
-                delta=options.delta,
-                progress=self.progress,
+        law, swap = options.law if law is None else law, options.swap if swap is None else swap
+        name = f"interchange-{part}-{law}-{swap}-{digest(entry.sha256 for entry in candidate.plan.sites)}"
+
+        def found() -> dict[str, Any]:
+            assert candidate.interchange is not None
+            measured = candidate.interchange.run(
+                self.parts[part], law=law, swap=swap, seed=options.seed, delta=options.delta, progress=self.progress
             )
+            return vars(measured)
+
+        with self.clock.time("verify"):
+            return Fidelity(**self.stage.recall(name, f"interchange with swap {swap:g}", found))

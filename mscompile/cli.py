@@ -17,6 +17,7 @@ import click
 
 from mscompile.audit.commands import audit_command, report_command
 from mscompile.errors import MscompileError, ResourceError, UsageError
+from mscompile.runs.command import RUNNING, running
 from mscompile.stage_commands import (
     ANCHORS,
     OUTPUTS,
@@ -25,6 +26,7 @@ from mscompile.stage_commands import (
     parse_keep,
     parse_outputs,
     plan_command,
+    with_options,
 )
 from mscompile.terminal import End, answer, ascii_json, bars, error_text, plain, say, sentence, table, width_of
 
@@ -103,7 +105,6 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option(
     "--recalibrate/--no-recalibrate", default=True, help="Fit readers again on the compiled network. [default: recalibrate]"
 )
-@click.option("--cache/--no-cache", default=True, help="Keep measured latencies of operators. [default: cache]")
 @click.option(
     "--objective",
     default="logit-mse",
@@ -128,6 +129,7 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option("--only", metavar="REGEX", help="Cut only sites whose name matches.")
 @click.option("--freeze", metavar="REGEX", help="Never cut sites whose name matches.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="PATH", help="One offline page to write.")
+@with_options(*RUNNING)
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -149,6 +151,8 @@ def compile_command(
     verbose: int,
     force: bool,
     dry_run: bool,
+    work: Path | None,
+    resume: bool,
     **chosen: Any,
 ) -> None:
     """Compile MODEL into a smaller, verified ONNX file."""
@@ -168,7 +172,7 @@ def compile_command(
     if html is not None:
         output_conflict([html], force=force, inputs=[model])
     silent = quiet or as_json
-    with bars(silent=silent) as progress:
+    with running(work=work, resume=resume, cache=options.cache) as run, bars(silent=silent) as progress:
         result = compile_model(
             model,
             calib,
@@ -177,6 +181,7 @@ def compile_command(
             force=force,
             dry_run=dry_run,
             command=command,
+            run=run,
             progress=progress,
             on_warning=lambda text: None if silent else say(f"warning: {plain(text, 1000)}", fg="yellow"),
         )
@@ -230,6 +235,8 @@ def _report_lines(report: Report, width: int, *, timings: bool) -> Iterator[str]
         yield from sentence(
             plain(f"beside it: {stem.with_suffix('.plan.json').name}, {stem.with_suffix('.report.json').name}"), width
         )
+    if report.reused:
+        yield from sentence(f"found in the work folder, and not done again: {plain(', '.join(report.reused), 1000)}", width)
     if timings:
         spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.timings.items())
         yield from sentence(f"time: {spent}", width)

@@ -20,7 +20,7 @@ import types
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -89,6 +89,8 @@ class Samples:
         What was converted, left out or looks weak: to be shown as warnings.
     shared
         Inputs without a sample axis, such as an initial state: the same array goes with every batch.
+    files
+        The files they were read from, and what tells whether those are still the same.
     """
 
     inputs: dict[str, Array]
@@ -96,6 +98,7 @@ class Samples:
     source: str
     notes: tuple[str, ...] = ()
     shared: frozenset[str] = frozenset()
+    files: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return next(len(x) for name, x in self.inputs.items() if name not in self.shared)
@@ -109,6 +112,23 @@ class Samples:
             digest.update(json.dumps([name, x.dtype.name, x.shape]).encode() + b"\n")
             digest.update(x.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on where the files that were read have changed since.
+
+        Raises
+        ------
+        DataError
+            One has.
+        """
+        for path, known in self.files.items():
+            if _identity(path) != known:
+                raise DataError(
+                    "the data changed during the run",
+                    where=str(path),
+                    why="the file is not the one that was read",
+                    hint="run again when nothing writes to it",
+                )
 
     def take(self, indices: slice | Sequence[int] | Array) -> Samples:
         """Return the samples at `indices` in that order: views for a slice, copies for integers or a mask."""
@@ -195,6 +215,7 @@ def read(
     _check_specs(specs, labels)
     notes: Notes = {}
     source, chunks, bound = _open(src, [spec.name for spec in specs], labels, notes)
+    files = {path: _identity(path) for path in _files(src)}
     try:
         with contextlib.closing(chunks):
             arrays = _collect(chunks, specs, labels, bound if limit is None else limit, notes)
@@ -219,13 +240,34 @@ def read(
         inputs = {spec.name: arrays[spec.name] for spec in specs}
         if all(_constant(x) for name, x in inputs.items() if name not in shared):
             notes["all samples are identical" if count > 1 else "there is one sample only"] = None
-        samples = Samples(inputs, arrays.get(LABELS), source, tuple(notes), shared)
+        samples = Samples(inputs, arrays.get(LABELS), source, tuple(notes), shared, files)
         _ = samples.sha256  # of the data as read, not of a mapped file as it may be later
     except MemoryError as exc:
         raise ResourceError(
             "out of memory", where=source, why=str(exc) or "MemoryError", hint="supply fewer samples"
         ) from exc
+    samples.check_unchanged()
     return samples
+
+
+def _files(src: Source) -> list[Path]:
+    """The files that a source is read from, as far as a path names them."""
+    if not isinstance(src, str | Path):
+        return list(src.files) if isinstance(src, Samples) else []
+    path = Path(re.sub(r"\.py:\w+$", ".py", str(src)))
+    if not path.is_dir():
+        return [path]
+    folders = [path, *_test_sets(path)]
+    return sorted(entry for folder in folders for entry in folder.iterdir() if entry.is_file())
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """As `vetting.identity`; nothing where there is no such file."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def find_beside(model: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from mscompile.data import Samples
 from mscompile.goals import Cost, Curve, descend, make_curve, probed, reach, widths
 from mscompile.latency import LatencyModel, LatencyTable
 from mscompile.metrics import METRICS
+from mscompile.runs.work import digest
 from mscompile.runtime import Arrays
 from mscompile.scores import measured_risk, predictable
 from mscompile.sizes import time_of
@@ -89,7 +91,7 @@ class Frontier:
                     workshop.eliminations.items(), "measure risks", len(source.groups)
                 ):
                     counts = widths(source.groups[group], len(elimination.order), source.ranks, aligned=aligned)
-                    measured = self._measured(group, probed(counts))
+                    measured = self._kept_risks(group, probed(counts))
                     found[group] = make_curve(elimination, counts, workshop.carrier(group), measured)
             self._curves[aligned] = found
         return self._curves[aligned]
@@ -103,6 +105,12 @@ class Frontier:
         count = max(FEWEST_PROBES, wanted) // batch * batch or batch
         samples = workshop.held.take(slice(min(count, len(workshop.held))))
         return samples, self.sweep.outputs(samples, list(workshop.outputs))
+
+    def _kept_risks(self, group: int, counts: np.ndarray) -> dict[int, float]:
+        """What `_measured` gives, kept."""
+        name = f"risks-{group}-{digest(counts.tolist())}"
+        pairs = self.workshop.stage.recall(name, "measured risks", lambda: [*self._measured(group, counts).items()])
+        return {int(count): float(risk) for count, risk in pairs}
 
     def _measured(self, group: int, counts: np.ndarray) -> dict[int, float]:
         """Risk of a group alone by channels left, where what is planned for it predicts a risk that can be measured."""
@@ -167,7 +175,13 @@ class Frontier:
         """Interchange of a candidate as fitted, not re-calibrated, on one part of the data."""
         workshop, options = self.workshop, self.workshop.options
         samples = workshop.parts[part]
-        return self.sweep.measure(workshop.plans(counts), samples, law=options.law, swap=options.swap, seed=options.seed)
+
+        def found() -> dict[str, Any]:
+            plans = workshop.plans(counts)
+            return vars(self.sweep.measure(plans, samples, law=options.law, swap=options.swap, seed=options.seed))
+
+        name = f"candidate-{part}-{digest(sorted((int(group), int(count)) for group, count in counts.items()))}"
+        return Point(**workshop.stage.recall(name, "candidates measured", found))
 
 
 def ladder(sizes: Sequence[float]) -> list[int]:

@@ -11,17 +11,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mscompile.data import Samples
 from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
 from mscompile.reverse import Gradients, differentiate, pool_first
-from mscompile.runtime import Arrays
 from mscompile.scm import Reader, Scm, Site
 from mscompile.seeds import Seeds
 from mscompile.statistics import Window
+from mscompile.summation import Feeds, Summation
 from mscompile.survey import Survey
 from mscompile.tally import Rows, Tally, View
-from mscompile.windows import features, offset_of, thinning, window_name, window_of
+from mscompile.windows import features, thinning, window_name, window_of
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,13 @@ class Instrument:
         """Weight of one seed in the curvature."""
         return 1.0 if self.seeds is None or self.seeds.exact else 1.0 / self.seeds.probes
 
-    def feed(self, number: int, start: int, count: int, samples: Samples) -> Arrays:
-        """Inputs beside the model's own, for batch `number`: the samples `start` to `start + count`."""
-        seeds = {} if self.seeds is None else self.seeds.feed(start, count, samples)
-        return {**seeds, **self.offsets(number), **self.tally.feed(count)}
+    @property
+    def summation(self) -> Summation:
+        """The graph with all that it takes to run it on any part of the data."""
+        offsets = {f"{PREFIX}offset:{name}": (window, thin) for name, (_, window, thin) in self.windows.items() if thin > 1}
+        seeds = None if self.seeds is None else self.seeds.feeds
+        feeds = Feeds(self.tally.ones, seeds, offsets, self._measure.seed)
+        return Summation(self.model, self.tally.starts, feeds)
 
     def _centre(self, site: Site) -> npt.NDArray[np.float32]:
         mean = self._first.means[site.tensor]
@@ -198,14 +200,6 @@ class Instrument:
         if len(channels) < site.size:
             rows = build.op("Gather", rows, build.integers(list(channels)), axis=1)
         self.tally.add_square(site.tensor, quantity, self._products(rows, others), (len(channels), site.size))
-
-    def offsets(self, number: int) -> Arrays:
-        """Offsets of the windows observed in batch `number`."""
-        return {
-            f"{PREFIX}offset:{name}": offset_of(window, thin, number, self._measure.seed)
-            for name, (_, window, thin) in self.windows.items()
-            if thin > 1
-        }
 
     def _see(self, site: Site, reader: Reader, window: Window, centred: ir.Value, thin: int) -> None:
         """Return the second moments of a reader's window."""

@@ -69,7 +69,7 @@ class LatencyTable:
         """The table of this machine and version of onnxruntime; a file that cannot be read counts as empty."""
         if not cache:
             return cls(None)
-        machine = f"{platform.machine()}-{os.cpu_count()}-{_processor()}"
+        machine = f"{platform.machine()}-{os.cpu_count()}-{processor()}"
         name = "".join(c if c.isalnum() or c in "-." else "_" for c in f"latency-{machine}-ort{ort.__version__}.json")
         path = cache_folder() / name
         try:
@@ -99,7 +99,7 @@ class LatencyTable:
         return self.entries[key]
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name of the processor as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

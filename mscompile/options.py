@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mscompile.errors import UsageError
 from mscompile.metrics import METRICS
@@ -168,3 +168,9 @@ class Options:
         if isinstance(self.keep, Mapping):
             return " ".join(f"--keep {name}={value}" for name, value in self.keep.items())
         return f"--keep {self.keep:g}"
+
+
+def what_candidates_depend_on(options: Options) -> dict[str, Any]:
+    """All options but those that only choose among candidates."""
+    goals = ("keep", "params", "macs", "latency", "fidelity", "delta", "cache")
+    return {name: value for name, value in vars(options).items() if name not in goals}

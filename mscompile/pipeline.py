@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from mscompile.options import Options
 from mscompile.plan import Plan
 from mscompile.report import Report
 from mscompile.reporting import build_report, stamp
+from mscompile.runs.locks import claimed
+from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.search import compile_from_data, compile_from_weights
 from mscompile.wire import check_regular
@@ -57,6 +60,7 @@ def compile_model(
     force: bool = False,
     dry_run: bool = False,
     command: str = "",
+    run: Run = ALONE,
     progress: Progress = no_progress,
     on_warning: Callable[[str], None] | None = None,
 ) -> Compilation:
@@ -74,23 +78,42 @@ def compile_model(
         Goal, objective and so on.
     force, dry_run
         Overwrite; write nothing.
+    run
+        What is kept on the way, and who works; by default nothing, and this process alone.
 
     Raises
     ------
     MscompileError
         One of its kinds; nothing has been written then.
     """
-    options = options or Options()
-    clock = Clock()
     target = None if output is None or dry_run else Path(output)
     if isinstance(model, str | Path):
         check_regular(Path(model))
-    if target is not None:
-        if not target.name:
-            hint = "name a file with -o"
-            raise UsageError("the output cannot be written", where=str(target), why="it names no file", hint=hint)
-        read = [Path(entry) for entry in (model, data) if isinstance(entry, str | Path)]
-        output_conflict([target, *_beside(target)], force=force, inputs=read)
+    if target is not None and not target.name:
+        hint = "name a file with -o"
+        raise UsageError("the output cannot be written", where=str(target), why="it names no file", hint=hint)
+    with contextlib.nullcontext() if target is None else claimed(target):
+        if target is not None:
+            read = [Path(entry) for entry in (model, data) if isinstance(entry, str | Path)]
+            output_conflict([target, *_beside(target)], force=force, inputs=read)
+        done = _compile(model, data, target, options or Options(), force, command, run, progress)
+    for warning in done.report.warnings:
+        if on_warning is not None:
+            on_warning(warning)
+    return done
+
+
+def _compile(
+    model: Model,
+    data: Source | None,
+    target: Path | None,
+    options: Options,
+    force: bool,
+    command: str,
+    run: Run,
+    progress: Progress,
+) -> Compilation:
+    clock = Clock()
     with clock.time("load"):
         source = open_dense(model, options.only, options.freeze)
         external = bool(source.external) or is_large(source.model)
@@ -113,26 +136,34 @@ def compile_model(
             why=nothing_to_cut(source, options),
             hint="`mscompile inspect MODEL` lists every site and weight with its reason",
         )
+    run.work.begin(
+        model=source.sha256,
+        data=None if samples is None else samples.sha256,
+        source="nothing" if samples is None else samples.source,
+        target=str((target or source.path or Path("model")).absolute()),
+    )
     result = (
         compile_from_weights(source, clock)
         if samples is None
-        else compile_from_data(source, samples, options, clock, progress)
+        else compile_from_data(source, samples, options, clock, run, progress)
     )
     warnings += result.warnings
+    if samples is not None:
+        samples.check_unchanged()
     compiled = stamp(result.compiled, result.plan, source.sha256)
     _document(compiled, source.model)
     with clock.time("save"):
         sha256, size = _write_model(compiled, target, external=external)
+    warnings += run.work.notes
     report = build_report(source, result, samples, options, clock, warnings, command, compiled, target, sha256, size)
-    for warning in report.warnings:
-        if on_warning is not None:
-            on_warning(warning)
+    report = report.model_copy(update={"reused": run.work.reused})
     if target is not None:
         plan_path, report_path = _beside(target)
         with staged(plan_path) as draft:
             draft.write_text(result.plan.to_json(), encoding="utf-8")
         with staged(report_path) as draft:
             draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    run.work.finish()
     return Compilation(compiled, result.plan, report, target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -120,6 +121,16 @@ class SitePlan(BaseModel):
         if not np.isfinite(self.constants).all() or (self.affine is not None and not np.isfinite(self.affine).all()):
             raise ValueError(f"site {self.name}: constants and coefficients must be finite")
         return self
+
+    @property
+    def sha256(self) -> str:
+        """Digest over all that is done at the site."""
+        total = hashlib.sha256(repr((self.tensor, self.axis, self.size, [w.reader for w in self.windows])).encode())
+        arrays: list[npt.NDArray[Any] | None] = [self.kept, self.constants, self.affine]
+        arrays += [array for window in self.windows for array in (window.places, window.columns, window.response)]
+        for array in arrays:
+            total.update(b"" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
 
     @property
     def replaced(self) -> IntArray:

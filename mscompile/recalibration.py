@@ -19,6 +19,8 @@ from mscompile.dense import DenseModel
 from mscompile.plan import Plan, SitePlan, WindowPlan
 from mscompile.refits import Sums, Target, refit
 from mscompile.rewrite import rewrite
+from mscompile.runs.parcel import Parcel
+from mscompile.runs.work import FORGET, Stage, digest
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Reader
 from mscompile.scores import SQUARED_OUTPUTS, measured_risk, predictable
@@ -66,6 +68,7 @@ def recalibrate(
     *,
     batch_size: int,
     seed: int = 0,
+    stage: Stage = FORGET,
     progress: Progress = no_progress,
 ) -> tuple[Plan, tuple[Step, ...]]:
     """Fit the readers of a plan's sites once more, each behind those before it.
@@ -78,6 +81,8 @@ def recalibrate(
         To fit on.
     held
         To measure the risk of the outputs on.
+    stage
+        Where each step is kept.
     outputs
         Weight by name of the outputs.
     """
@@ -97,11 +102,20 @@ def recalibrate(
     steps: list[Step] = []
     before = 0.0
     for entry in progress(plan.sites, "re-calibrate", len(plan.sites)):
+        name = f"refit-{digest(known.sha256 for known in (*done, entry))}"
+        kept = stage.parcel(name)
+        if kept is not None:
+            stage.reuse(name, "sites re-calibrated")
+            step, windows = _unpacked(kept)
+            steps.append(step)
+            done.append(entry.model_copy(update={"windows": windows}))
+            before = step.measured
+            continue
         partial = rewrite(source.model, plan.model_copy(update={"sites": tuple(done)})).model
         targets = _targets(source, entry, statistics.moments[entry.tensor].mean)
         fitted = tuple(_refits(targets, dense, partial, samples, plan, batch_size, seed))
-        windows = {window.reader: window for window in (*entry.windows, *fitted)}
-        chosen = entry.model_copy(update={"windows": tuple(windows.values())})
+        given = {window.reader: window for window in (*entry.windows, *fitted)}
+        chosen = entry.model_copy(update={"windows": tuple(given.values())})
         measured, rolled_back = risk([*done, chosen]), False
         own = entry.predicted_risk if entry.basis == basis else None
         if fitted and (own is None or measured > before + ROLLBACK * own):
@@ -112,7 +126,29 @@ def recalibrate(
         steps.append(Step(entry.tensor, tuple(w.reader for w in fitted), predicted, measured, rolled_back))
         done.append(chosen)
         before = measured
+        stage.keep(name, _packed(steps[-1], chosen.windows))
     return plan.model_copy(update={"sites": tuple(done)}), tuple(steps)
+
+
+def _packed(step: Step, windows: Sequence[WindowPlan]) -> Parcel:
+    """A step and the new weights that it left, to be kept."""
+    arrays = {
+        f"{i}-{part}": array
+        for i, window in enumerate(windows)
+        for part in ("places", "columns", "response")
+        if (array := getattr(window, part)) is not None
+    }
+    return Parcel({"step": vars(step), "readers": [window.reader for window in windows]}, arrays)
+
+
+def _unpacked(kept: Parcel) -> tuple[Step, tuple[WindowPlan, ...]]:
+    step = Step(**{**kept.header["step"], "refitted": tuple(kept.header["step"]["refitted"])})
+    parts = ("places", "columns", "response")
+    windows = (
+        WindowPlan.model_validate({"reader": reader, **{part: kept.arrays.get(f"{i}-{part}") for part in parts}})
+        for i, reader in enumerate(kept.header["readers"])
+    )
+    return step, tuple(windows)
 
 
 def _input(reader: Reader) -> str:

@@ -167,7 +167,7 @@ class CandidateReport(_Section):
 
 
 class Report(_Section):
-    """The whole report."""
+    """The whole report. `reused` says what was found in the work folder, and not done again."""
 
     schema_version: int = SCHEMA_VERSION
     versions: dict[str, str]
@@ -193,6 +193,7 @@ class Report(_Section):
     candidates: list[CandidateReport]
     timings: dict[str, float]
     warnings: list[Text]
+    reused: list[str] = []
 
 
 def schema() -> dict[str, object]:

@@ -18,7 +18,7 @@ from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
 from mscompile.errors import DataError, GoalError, UnsupportedError
 from mscompile.frontier import Frontier, Tried
-from mscompile.options import Options
+from mscompile.options import Options, what_candidates_depend_on
 from mscompile.plan import Plan, resolve_keep
 from mscompile.prediction import imbalance, site_risks
 from mscompile.preparation import determined_sites, eliminate, finite_sites, split, what_to_measure
@@ -26,6 +26,7 @@ from mscompile.recalibration import Step
 from mscompile.replacements import CONSTANT
 from mscompile.report import FidelityReport, LawReport
 from mscompile.rewrite import Compiled, rewrite
+from mscompile.runs.run import Run
 from mscompile.runtime import Progress
 from mscompile.scores import score
 from mscompile.sizes import measure_latency
@@ -101,7 +102,9 @@ def compile_from_weights(source: DenseModel, clock: Clock) -> Result:
     return Result(plan, compiled, error, check, warnings=(warning,))
 
 
-def compile_from_data(source: DenseModel, samples: Samples, options: Options, clock: Clock, progress: Progress) -> Result:
+def compile_from_data(
+    source: DenseModel, samples: Samples, options: Options, clock: Clock, run: Run, progress: Progress
+) -> Result:
     """Compile with data: calibrate, choose widths for the goal, prove, certify."""
     if len(samples) < FEWEST:
         raise DataError(
@@ -126,6 +129,7 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
             parts["calibrate"],
             batch_size=options.batch_size,
             measure=what_to_measure(source, options),
+            run=run,
             progress=progress,
         )
         source, warnings = finite_sites(source, statistics)
@@ -139,6 +143,7 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
                 Anchors(options.anchors, options.seed),
                 measure=what_to_measure(source, options),
                 batch_size=options.batch_size,
+                run=run,
                 progress=progress,
             )
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
@@ -148,7 +153,8 @@ def compile_from_data(source: DenseModel, samples: Samples, options: Options, cl
         warnings += undetermined
     with clock.time("plan"):
         eliminations = eliminate(source, statistics, scores, options)
-    search = Search(Workshop(source, statistics, scores, eliminations, parts, options, clock, progress))
+    stage = run.work.stage("search", data=samples.sha256, options=what_candidates_depend_on(options))
+    search = Search(Workshop(source, statistics, scores, eliminations, parts, options, clock, progress, stage))
     result = search.run()
     return replace(result, warnings=(*warnings, *result.warnings))
 

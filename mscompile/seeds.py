@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mscompile.data import Samples
 from mscompile.errors import DataError
 from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
@@ -76,23 +77,10 @@ class Seeds:
         hot = self._input(f"{PREFIX}labels", self._labelled)
         return {self._labelled: self._build.op("Sub", self._softmax(self._labelled), hot)}
 
-    def feed(self, start: int, count: int, samples: Samples) -> Arrays:
-        """Seeds of the samples `start` to `start + count`; those of a sample do not depend on the batches."""
-        if self.exact:
-            vectors = np.broadcast_to(np.eye(self._size, dtype=np.float32), (count, self._size, self._size))
-        else:
-            signs = random_signs(self._seed, start, count, self.probes * self._size)
-            vectors = signs.reshape(count, self.probes, self._size)
-        found, begin = {}, 0
-        for output, weight in self._outputs.items():
-            extent = self._extents[output]
-            part = vectors[:, :, begin : begin + math.prod(extent)] * np.float32(math.sqrt(weight))
-            begin += math.prod(extent)
-            for k in range(self.probes):
-                found[f"{PREFIX}seed.{k}:{output}"] = np.ascontiguousarray(part[:, k]).reshape(count, *extent)
-        if self._labelled is not None:
-            found[f"{PREFIX}labels"] = self._one_hot(self._extents[self._labelled], samples, start, count)
-        return found
+    @property
+    def feeds(self) -> SeedFeeds:
+        """The numbers that go into the inputs."""
+        return SeedFeeds(self.exact, self.probes, self._size, self._seed, self._outputs, self._extents, self._labelled)
 
     def _input(self, name: str, output: str) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(self._declared[output]), type=ir.TensorType(ir.DataType.FLOAT))
@@ -103,27 +91,64 @@ class Seeds:
         logits = self._build.op("Cast", self._values[output], to=int(ir.DataType.FLOAT))
         return self._build.op("Softmax", logits, axis=len(self._extents[output]))
 
-    @staticmethod
-    def _one_hot(extent: tuple[int, ...], samples: Samples, start: int, count: int) -> npt.NDArray[np.float32]:
-        labels = samples.labels
-        classes = extent[-1]
-        if labels is None or labels.shape[1:] != extent[:-1] or labels.dtype.kind not in "iu":
-            raise DataError(
-                "the cross-entropy objective needs class labels",
-                where=samples.source,
-                why="there are no labels" if labels is None else f"labels are {labels.dtype} {labels.shape[1:]} per sample",
-                hint="add integer labels under `label`, or use --objective kl, which needs none",
-            )
-        chosen = labels[start : start + count]
-        if chosen.min() < 0 or chosen.max() >= classes:
-            raise DataError(
-                "a label is no class of the output",
-                where=samples.source,
-                why=f"labels run from {chosen.min()} to {chosen.max()}, the output has {classes} classes",
-                hint="number the classes from 0",
-            )
-        hot: npt.NDArray[np.float32] = np.eye(classes, dtype=np.float32)[chosen]
-        return hot
+
+@dataclass(frozen=True)
+class SeedFeeds:
+    """What goes into the seeds' inputs; plain numbers, which can travel. Attributes as of `Seeds`.
+
+    Attributes
+    ----------
+    size
+        Values per sample of all outputs together.
+    labelled
+        The output that labels are of, where the gradient of the cross-entropy is asked for.
+    """
+
+    exact: bool
+    probes: int
+    size: int
+    seed: int
+    outputs: Mapping[str, float]
+    extents: Mapping[str, tuple[int, ...]]
+    labelled: str | None
+
+    def feed(self, start: int, count: int, labels: npt.NDArray[Any] | None, where: str) -> Arrays:
+        """Seeds of the samples `start` to `start + count`, which have these labels; they do not depend on the batches."""
+        if self.exact:
+            vectors = np.broadcast_to(np.eye(self.size, dtype=np.float32), (count, self.size, self.size))
+        else:
+            signs = random_signs(self.seed, start, count, self.probes * self.size)
+            vectors = signs.reshape(count, self.probes, self.size)
+        found, begin = {}, 0
+        for output, weight in self.outputs.items():
+            extent = self.extents[output]
+            part = vectors[:, :, begin : begin + math.prod(extent)] * np.float32(math.sqrt(weight))
+            begin += math.prod(extent)
+            for k in range(self.probes):
+                found[f"{PREFIX}seed.{k}:{output}"] = np.ascontiguousarray(part[:, k]).reshape(count, *extent)
+        if self.labelled is not None:
+            found[f"{PREFIX}labels"] = _one_hot(self.extents[self.labelled], labels, where)
+        return found
+
+
+def _one_hot(extent: tuple[int, ...], labels: npt.NDArray[Any] | None, where: str) -> npt.NDArray[np.float32]:
+    classes = extent[-1]
+    if labels is None or labels.shape[1:] != extent[:-1] or labels.dtype.kind not in "iu":
+        raise DataError(
+            "the cross-entropy objective needs class labels",
+            where=where,
+            why="there are no labels" if labels is None else f"labels are {labels.dtype} {labels.shape[1:]} per sample",
+            hint="add integer labels under `label`, or use --objective kl, which needs none",
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            "a label is no class of the output",
+            where=where,
+            why=f"labels run from {labels.min()} to {labels.max()}, the output has {classes} classes",
+            hint="number the classes from 0",
+        )
+    hot: npt.NDArray[np.float32] = np.eye(classes, dtype=np.float32)[labels]
+    return hot
 
 
 def random_signs(seed: int, start: int, count: int, size: int) -> npt.NDArray[np.float32]:

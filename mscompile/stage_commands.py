@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mscompile.errors import UsageError
+from mscompile.runs.command import RUNNING, running
 from mscompile.terminal import answer, bars, plain, say, table, width_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ DATA: tuple[Callable[[Any], Any], ...] = (
 )
 
 
-def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Options that several commands share, as one decorator."""
+
     def decorate(function: Any) -> Any:
         for option in reversed(options):
             function = option(function)
@@ -151,7 +154,7 @@ def check_page(checks: Sequence[SiteCheck]) -> str:
 )
 @click.option("--svg", type=click.Path(path_type=Path), help="Write the plot of --check.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write table and plot of --check.")
-@_with(*SCORING, *DATA)
+@with_options(*SCORING, *DATA, *RUNNING)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def calibrate_command(
@@ -164,6 +167,8 @@ def calibrate_command(
     force: bool,
     calib: str | None,
     verbose: int,
+    work: Path | None,
+    resume: bool,
     **chosen: Any,
 ) -> None:
     """Collect the statistics of MODEL's sites over calibration data."""
@@ -178,9 +183,9 @@ def calibrate_command(
         raise UsageError("there is nothing to plot", where="--svg, --html", why="no unit is checked", hint="add --check 50")
     output_conflict(list(pages), force=force)
     target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
-    with bars(silent=False) as progress:
-        options = Options(output=parse_outputs(outputs), **chosen)
-        found = calibrate_model(model, calib, target, options, check=check, force=force, progress=progress)
+    options = Options(output=parse_outputs(outputs), **chosen)
+    with running(work=work, resume=resume, cache=options.cache) as run, bars(silent=False) as progress:
+        found = calibrate_model(model, calib, target, options, check=check, force=force, run=run, progress=progress)
     for note in found.notes:
         say(f"warning: {plain(note, 1000)}", fg="yellow")
     rows = [(plain(site.tensor), str(site.size), plain(found.scores.basis[site.tensor], 400)) for site in found.dense.sites]
@@ -199,7 +204,7 @@ def calibrate_command(
 @click.argument("statistics", type=click.Path(path_type=Path))
 @click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.plan.json]")
 @click.option("--keep", multiple=True, metavar="[SITE=]N", help="Share of channels to keep, or SITE=share, SITE=number.")
-@_with(*SCORING)
+@with_options(*SCORING)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def plan_command(
@@ -219,7 +224,7 @@ def plan_command(
 @MODEL
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.ms.onnx]")
-@_with(*DATA)
+@with_options(*DATA)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def apply_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mscompile.preparation import eliminate, what_to_measure
 from mscompile.replacements import CONSTANT
 from mscompile.reporting import stamp
 from mscompile.rewrite import Compiled, rewrite
+from mscompile.runs.locks import claimed
+from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.scm import Site
 from mscompile.scores import OBJECTIVES, Scores, score
@@ -49,6 +52,7 @@ def calibrate_model(
     *,
     check: int = 0,
     force: bool = False,
+    run: Run = ALONE,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Collect the statistics that `options` needs, over all the data given.
@@ -61,8 +65,15 @@ def calibrate_model(
         Units per site whose predicted risk is compared with the measured one: each costs a run over the data.
     """
     options = options or Options()
-    if output is not None:
-        output_conflict([output], force=force)
+    with contextlib.nullcontext() if output is None else claimed(output):
+        if output is not None:
+            output_conflict([output], force=force)
+        return _calibrate(model, data, output, options, check, run, progress)
+
+
+def _calibrate(
+    model: Model, data: Source | None, output: Path | None, options: Options, check: int, run: Run, progress: Progress
+) -> Calibration:
     dense = open_dense(model, options.only, options.freeze)
     samples = find_data(dense, data, options)
     dense = dense.given(samples)
@@ -80,12 +91,19 @@ def calibrate_model(
             why=nothing_to_cut(dense),
             hint="`mscompile inspect MODEL` lists every site and weight with its reason",
         )
+    run.work.begin(
+        model=dense.sha256,
+        data=samples.sha256,
+        source=samples.source,
+        target=str((output or dense.path or Path("model")).absolute()),
+    )
     statistics = calibrate(
         dense.scm,
         dense.sites,
         samples,
         batch_size=dense.batch or options.batch_size,
         measure=what_to_measure(dense, options),
+        run=run,
         progress=progress,
     )
     checks: tuple[SiteCheck, ...] = ()
@@ -99,6 +117,7 @@ def calibrate_model(
         anchors,
         measure=what_to_measure(dense, options),
         batch_size=dense.batch or options.batch_size,
+        run=run,
         progress=progress,
     )
     scores = score(dense.scm, dense.sites, statistics, options.objective, seed=options.seed)
@@ -120,8 +139,10 @@ def calibrate_model(
                 progress=progress,
             )
         )
+    samples.check_unchanged()
     if output is not None:
         save_statistics(statistics, output, model_sha256=dense.sha256)
+    run.work.finish()
     return Calibration(dense, statistics, scores, checks, notes)
 
 

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
-from mscompile.runtime import Arrays
 from mscompile.scm import Site
 from mscompile.statistics import Array
 
@@ -117,6 +115,20 @@ class View:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What an output holds before any data: zeros of float32, or of int64 where `whole`; -∞ for the `largest`."""
+
+    shape: tuple[int, ...]
+    whole: bool = False
+    largest: bool = False
+
+    @property
+    def array(self) -> npt.NDArray[np.generic]:
+        """The numbers."""
+        return np.full(self.shape, -np.inf if self.largest else 0, dtype=np.int64 if self.whole else np.float32)
+
+
+@dataclass(frozen=True)
 class Rows:
     """Numbers per sample, and what their sum over samples is called.
 
@@ -148,7 +160,8 @@ class Tally:
 
     def __init__(self, graph: ir.Graph, build: Builder) -> None:
         self._graph, self._build = graph, build
-        self._starts: dict[str, npt.NDArray[np.generic]] = {}
+        self.starts: dict[str, Start] = {}
+        """Where each output's sums begin."""
         self._rows: list[Rows] = []
         self._packed: dict[str, list[tuple[str, int, float]]] = {}
         self._ones: dict[int, ir.Value] = {}
@@ -162,24 +175,24 @@ class Tally:
         """Count the observations of a site outside the graph: so many per sample."""
         self._places[tensor] = places
 
-    def _output(self, name: str, value: ir.Value, start: npt.NDArray[np.generic]) -> None:
-        """Return a quantity combined with what was found before: a sum, or the largest where that starts at -∞."""
-        dtype, shape = ir.DataType.from_numpy(start.dtype), ir.Shape(start.shape)
+    def _output(self, name: str, value: ir.Value, start: Start) -> None:
+        """Return a quantity combined with what was found before: a sum, or the largest."""
+        dtype, shape = ir.DataType.INT64 if start.whole else ir.DataType.FLOAT, ir.Shape(start.shape)
         so_far = ir.Value(name=before(name), shape=shape, type=ir.TensorType(dtype))
         self._graph.inputs.append(so_far)
-        combine = "Add" if np.all(np.isfinite(start)) else "Max"
+        combine = "Max" if start.largest else "Add"
         after = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
         self._graph.append(ir.node(combine, [so_far, value], outputs=[after], name=name))
         self._graph.outputs.append(after)
-        self._starts[name] = start
+        self.starts[name] = start
 
     def add_square(self, where: str, quantity: str, value: ir.Value, shape: tuple[int, int]) -> None:
         """Return a sum of outer products."""
-        self._output(quantity_of(where, quantity), value, np.zeros(shape, dtype=np.float32))
+        self._output(quantity_of(where, quantity), value, Start(shape))
 
     def add_count(self, where: str, quantity: str, value: ir.Value) -> None:
         """Return a number of observations."""
-        self._output(quantity_of(where, quantity), value, np.array(0, dtype=np.int64))
+        self._output(quantity_of(where, quantity), value, Start((), whole=True))
 
     def pack(self) -> None:
         """Return all sums of rows as one: nodes of their own for each site and quantity would cost more than their work."""
@@ -202,10 +215,11 @@ class Tally:
             else:
                 found[SUMS].append(build.op("MatMul", self._row_of_ones(value, first.seeds), value))
                 self._note(SUMS, group, quantity)
-        for name, start in ((SUMS, 0.0), (EXTREMES, -np.inf)):
+        for name in (SUMS, EXTREMES):
             if parts := self._packed.get(name):
                 everything = build.op("Concat", *found[name], axis=1)
-                self._output(name, everything, np.full((1, sum(size for _, size, _ in parts)), start, dtype=np.float32))
+                shape = 1, sum(size for _, size, _ in parts)
+                self._output(name, everything, Start(shape, largest=name == EXTREMES))
 
     def _note(self, name: str, group: Sequence[Rows], quantity: str, factor: float = 1.0, power: int = 1) -> None:
         """Keep in mind what lies next in a packed output."""
@@ -228,22 +242,19 @@ class Tally:
             shape = build.op("Concat", build.integers([1]), length, axis=0)
             return build.op("Expand", build.constant(np.ones((1, 1)), np.float32), shape)
         if seeds not in self._ones:
-            name, kind = f"{PREFIX}ones.{seeds}", ir.TensorType(ir.DataType.FLOAT)
+            name, kind = ones_of(seeds), ir.TensorType(ir.DataType.FLOAT)
             self._ones[seeds] = ir.Value(name=name, shape=ir.Shape([1, None]), type=kind)
             self._graph.inputs.append(self._ones[seeds])
         return self._ones[seeds]
 
-    def feed(self, count: int) -> Arrays:
-        """Inputs of the graph for a number of samples."""
-        return {f"{PREFIX}ones.{seeds}": np.ones((1, seeds * count), dtype=np.float32) for seeds in self._ones}
+    @property
+    def ones(self) -> tuple[int, ...]:
+        """Rows per sample of the matrices that are summed down."""
+        return tuple(self._ones)
 
-    def empty(self) -> dict[str, ort.OrtValue]:
-        """The sums over no data."""
-        return {before(name): ort.OrtValue.ortvalue_from_numpy(start) for name, start in self._starts.items()}
-
-    def read(self, state: Mapping[str, ort.OrtValue], samples: int) -> dict[str, Array]:
-        """The sums over a number of samples, in float64."""
-        found: dict[str, Array] = {name: value.numpy().astype(np.float64) for name, value in state.items()}
+    def read(self, totals: Mapping[str, Array], samples: int) -> dict[str, Array]:
+        """The sums over a number of samples, by quantity."""
+        found = dict(totals)
         for packed, entries in self._packed.items():
             parts = np.split(found.pop(packed)[0], np.cumsum([size for _, size, _ in entries])[:-1])
             found |= {name: factor * part for (name, _, factor), part in zip(entries, parts, strict=True)}
@@ -259,6 +270,11 @@ def name_of(site: Site, quantity: str) -> str:
 def quantity_of(name: str, quantity: str) -> str:
     """Name of the output that holds a quantity of a tensor."""
     return f"{PREFIX}{quantity}:{name}"
+
+
+def ones_of(seeds: int) -> str:
+    """Name of the input that holds a row of ones for so many rows per sample."""
+    return f"{PREFIX}ones.{seeds}"
 
 
 def before(name: str) -> str:

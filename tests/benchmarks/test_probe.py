@@ -66,7 +66,8 @@ def test_one_probe(benchmark, name: str, threads: int, tmp_path: Path) -> None:
     first = survey(dense.scm, dense.sites, samples.inputs, BATCH, [dense.output])
     instrument = Instrument(dense.scm, dense.sites, first, measure, BATCH)
     plain, summing = Session(dense.model, threads=threads), Session(instrument.model, threads=threads)
-    feed, start = {**samples.inputs, **instrument.feed(1, 0, BATCH, samples)}, instrument.tally.empty()
+    task = instrument.summation
+    feed, start = {**samples.inputs, **task.feeds.of(1, 0, BATCH, samples.labels, samples.source)}, task.empty()
     forward, kept = activations(network)
     pixels, seed = torch.from_numpy(x).requires_grad_(), torch.ones(BATCH, 10)
     contenders: dict[str, Callable[[], object]] = {
