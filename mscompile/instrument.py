@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,7 +79,7 @@ class Instrument:
         self.model = scm.model.clone()
         common.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)  # element types, for mixed precision
         self._graph = self.model.graph
-        self._build = Builder(self._graph, self._graph.opset_imports.get("", 1))
+        self._build = Builder(self._graph, self._graph.opset_imports.get("", 1), fused=True)
         self._measure, self._first = measure, first
         moved = pool_first(self._graph, {*measure.outputs, *(site.tensor for site in sites)})
         self._values = {v.name or "": v for node in self._graph for v in node.outputs}
@@ -115,6 +115,7 @@ class Instrument:
             self.refused = {tensor: str(reason) for tensor, reason in gradients[0].refused.items()}
             self.differentiated = frozenset(gradients[0].values)
         self._graph.outputs.clear()
+        passes = frozenset(self._graph)
         for site in sites:
             shape = first.shapes[site.tensor]
             centred = self._sum(site, shape, gradients, loss)
@@ -124,6 +125,7 @@ class Instrument:
                     self._see(site, reader, window, centred, thinning(window, shape, samples, batches))
         self.tally.pack()
         common.RemoveUnusedNodesPass()(self.model)
+        self._sum_early(passes)
 
     @property
     def share(self) -> float:
@@ -141,6 +143,17 @@ class Instrument:
     def _centre(self, site: Site) -> npt.NDArray[np.float32]:
         mean = self._first.means[site.tensor]
         return np.zeros_like(mean) if self._first.near[site.tensor] and not self._measure.covariance else mean
+
+    def _sum_early(self, passes: Collection[ir.Node]) -> None:
+        """Put sums right behind what they sum, still in the processor's cache; `passes`: nodes of the way there and back."""
+        place: dict[ir.Node, int] = {}
+        for number, node in enumerate(self._graph):
+            sources = [value.producer() for value in node.inputs if value is not None]
+            behind = (place[source] for source in sources if source is not None)
+            place[node] = number if node in passes else max(behind, default=0)
+        order = sorted(place, key=place.__getitem__)
+        self._graph.remove(order)
+        self._graph.extend(order)
 
     # -- nodes --
 

@@ -79,11 +79,22 @@ class _Pass:
         parts = self.parts.get(value)
         if not parts:
             return None
-        total = parts[0]
-        for part in parts[1:]:
+        total, *others = self._merged(parts, self.shapes.get(value.name or ""))
+        for part in others:
             total = self.build.op("Add", total, part)
         self.parts[value] = [total]
         return total
+
+    def _merged(self, parts: Sequence[ir.Value], shape: Shape | None) -> Sequence[ir.Value]:
+        """Summands with all products with stored matrices as one: of the factors side by side and the matrices stacked."""
+        products = self.build.products
+        known = [products[part] for part in parts if part in products]
+        if shape is None or len(known) < 2:
+            return parts
+        factors, matrices = zip(*known, strict=True)
+        beside = self.build.op("Concat", *factors, axis=len(shape) - 1)
+        joined = self.build.project(beside, self.build.op("Concat", *matrices, axis=0))
+        return [joined, *(part for part in parts if part not in products)]
 
     def rule(
         self, node: ir.Node, gradients: tuple[ir.Value | None, ...], targets: Iterable[int]

@@ -469,7 +469,7 @@ def session(model: ir.Model) -> ort.InferenceSession:
 
 def attach(model: ir.Model, seeds: Sequence[str], tensors: Sequence[str], dtype: Any = np.float32, **how: Any) -> Gradients:
     """Append the reverse pass of a model; seed ``v:o`` is for output o, the gradient of tensor t is output ``g:t``."""
-    build = Builder(model.graph, model.graph.opset_imports[""])
+    build = Builder(model.graph, model.graph.opset_imports[""], fused=how.pop("fused", False))
     vectors = {}
     kind = ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))
     for name in seeds:
@@ -892,6 +892,39 @@ def test_several_seeds_share_what_does_not_depend_on_them():
     assert two["Erf"] == one["Erf"] == 1
     assert two["HardSigmoid"] == one["HardSigmoid"] == 1
     assert two["Mul"] == one["Mul"] + 2  # the gradient times the slope of Relu, and of Gelu
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_linear_in_a_row_becomes_one_product(fused: bool):
+    """Behind a layer normalisation: two projections, one of them read twice, and a product of the results."""
+    rng = np.random.default_rng(0)
+    u, w, x, seed = (rng.standard_normal(size) for size in ((4, 5), (4, 5), (2, 3, 4), (2, 3, 3)))
+    scale, shift = rng.standard_normal((2, 4))
+    nodes = [
+        node("Identity", "x", "a"),
+        node("LayerNormalization", "a scale shift", "n"),
+        node("MatMul", "n u", "p"),
+        node("MatMul", "n u", "p2"),
+        node("MatMul", "n w", "q"),
+        node("Add", "p p2", "s"),
+        node("Transpose", "q", "t", perm=[0, 2, 1]),
+        node("MatMul", "s t", "y"),
+    ]
+    stored = {name: array.astype(np.float32) for name, array in {"u": u, "w": w, "scale": scale, "shift": shift}.items()}
+    model = graph_of(nodes, {"x": [None, 3, 4]}, **stored)
+    attach(model, ["y"], ["a"], shapes=infer_shapes(model, {"x": x.shape}), fused=fused)
+    (found,) = session(model).run(["g:a"], {"x": x.astype(np.float32), "v:y": seed.astype(np.float32)})
+    factor = 1.0 / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    normal = (x - x.mean(axis=-1, keepdims=True)) * factor
+    n = normal * scale + shift
+    g = scale * (2.0 * seed @ (n @ w) @ u.T + seed.transpose(0, 2, 1) @ (2.0 * n @ u) @ w.T)
+    expected = factor * (g - g.mean(axis=-1, keepdims=True) - normal * (g * normal).mean(axis=-1, keepdims=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    left = [
+        n for n in model.graph if n.name.startswith("mscompile.") and any(v.uses() or v.name == "g:a" for v in n.outputs)
+    ]
+    assert sum(n.op_type == "Concat" for n in left) == 2  # the gradients side by side, the matrices stacked
+    assert sum(n.op_type == "FusedMatMul" for n in left) == (2 if fused else 0)
 
 
 def test_gradients_have_one_type_where_a_model_mixes_them():

@@ -43,8 +43,12 @@ class Builder:
     graph: ir.Graph
     opset: int
     prefix: str = PREFIX
+    fused: bool = False
+    """Whether the graph may hold operators that only onnxruntime has."""
     scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     """Values that are another one times a number per channel, [channels]: a product behind may take it into its weight."""
+    products: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    """Values that are another one times a stored matrix: what is linear and comes next may be taken into that."""
     spread: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """Values that are another one, broadcast: a product with a tensor of their shape may take the narrow one."""
     _made: dict[Any, ir.Value] = field(default_factory=dict)
@@ -64,6 +68,14 @@ class Builder:
             self.graph.append(node)
             self._made |= {(key, i): value for i, value in enumerate(values)}
         return tuple(self._made[key, i] for i in range(outputs))
+
+    def more_outputs(self, node: ir.Node, count: int) -> Sequence[ir.Value]:
+        """Outputs of a node of the graph behind the first, which it may leave out."""
+        if len(node.outputs) < count:
+            node.resize_outputs(count)
+        for value in node.outputs[1:]:
+            value.name = value.name or f"{self.prefix}{node.outputs[0].name}.{value.index()}"
+        return node.outputs[1:]
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> ir.Value:
         """A stored array."""
@@ -111,6 +123,23 @@ class Builder:
     def swap(self, value: ir.Value, rank: int) -> ir.Value:
         """Transpose the last two axes."""
         return self.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
+
+    def project(self, value: ir.Value, matrix: ir.Value) -> ir.Value:
+        """The product with a stored matrix, kept in mind in `products`."""
+        product = self.op("MatMul", value, matrix)
+        self.products[product] = value, matrix
+        return product
+
+    def product(self, left: ir.Value, right: ir.Value, *, ranks: tuple[int, int], turned: int) -> ir.Value:
+        """The product of stacks of matrices, those of operand `turned` transposed."""
+        if self.fused:  # without a transpose of its own, which would be a copy
+            self.graph.opset_imports.setdefault("com.microsoft", 1)
+            return self.op(
+                "FusedMatMul", left, right, domain="com.microsoft", transA=int(turned == 0), transB=int(turned == 1)
+            )
+        operands = [left, right]
+        operands[turned] = self.swap(operands[turned], ranks[turned])
+        return self.op("MatMul", *operands)
 
     def contract(self, value: ir.Value, axis: int, rank: int, response: ir.Value) -> ir.Value:
         """Carry a gradient back through a linear map along one axis; ``response[i, o]`` is ∂output o / ∂input i."""

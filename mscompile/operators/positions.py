@@ -327,19 +327,30 @@ def standard_reverse(g: Term, normal: Term, factor: Term, axes: Sequence[int]) -
 def layer_normalisation_terms(b: Backward, g: Term, x: Term, scale: Term, epsilon: float, axis: int) -> Term:
     """Gradient of the input `x` of a layer normalisation at whose output `g` arrives."""
     axes = list(range(axis, b.rank(0)))
-    if b.opset >= 17 and b.dtype == np.float32:  # the operator is faster than its parts
-        ones = b.op("Expand", b.scalar(1.0), b.op("Shape", scale.value))
-        found = b.build.ops("LayerNormalization", x.value, ones, outputs=3, axis=axis, epsilon=epsilon)
-        normal, _, factor = (Term(b, value) for value in found)
+    centred = x - x.over("ReduceMean", axes)
+    factor = 1.0 / ((centred * centred).over("ReduceMean", axes) + epsilon).of("Sqrt")
+    return centred_reverse(b, g, scale, centred, factor, axes)
+
+
+def centred_reverse(b: Backward, g: Term, scale: Term, centred: Term, factor: Term, axes: Sequence[int]) -> Term:
+    """Back through ``scale · factor · centred``, where the factor makes the variance 1 along the axes."""
+    if g.value in b.build.products and len(axes) == 1:  # scale and mean go into the stored matrix
+        before, matrix = b.build.products[g.value]
+        scaled = Term(b, matrix) * scale
+        g = Term(b, b.build.project(before, (scaled - scaled.over("ReduceMean", [1])).value))
     else:
-        normal, factor = standard(x, axes, epsilon)
-    return standard_reverse(g * scale, normal, factor, axes)
+        g = g * scale
+        g = g - g.over("ReduceMean", axes)
+    return (g - centred * ((g * centred).over("ReduceMean", axes) * (factor * factor))) * factor
 
 
 def layer_normalisation_reverse(b: Backward) -> Term:
-    """With its own scale."""
-    axis = b.view.attribute("axis", -1) % b.rank(0)
-    return layer_normalisation_terms(b, b.g, b.x, b.of(1), b.view.attribute("epsilon", 1e-5), axis)
+    """With its own scale, and with the mean and the factor that the operator itself can return."""
+    axis, node = b.view.attribute("axis", -1) % b.rank(0), b.view.node
+    if b.opset < 17 or b.dtype != np.float32 or node.inputs[0].dtype == ir.DataType.DOUBLE:  # type: ignore[union-attr]
+        return layer_normalisation_terms(b, b.g, b.x, b.of(1), b.view.attribute("epsilon", 1e-5), axis)
+    mean, factor = b.build.more_outputs(node, 3)
+    return centred_reverse(b, b.g, b.of(1), b.x - Term(b, mean), Term(b, factor), list(range(axis, b.rank(0))))
 
 
 def rms_normalisation_reverse(b: Backward) -> Term:

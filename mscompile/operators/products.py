@@ -166,10 +166,13 @@ def matmul_reverse(b: Backward) -> Mapping[int, ir.Value]:
         left, gradient = build.unsqueeze(left, [0]), build.unsqueeze(gradient, [rank - 2])
     found = {}
     if 0 in b.wanted:
-        product = b.op("MatMul", gradient, build.swap(right, max(2, len(shapes[1]))))
+        if len(shapes[1]) == 2 and is_parameter(b.view.node.inputs[1]):  # type: ignore[arg-type]
+            product = build.project(gradient, build.swap(right, 2))
+        else:
+            product = build.product(gradient, right, ranks=(rank, max(2, len(shapes[1]))), turned=1)
         found[0] = b.unbroadcast(product, 0, (*stack, *((1,) if row else ()), *shapes[0][-2:]))
     if 1 in b.wanted:
-        product = b.op("MatMul", build.swap(left, max(2, len(shapes[0]))), gradient)
+        product = build.product(left, gradient, ranks=(max(2, len(shapes[0])), rank), turned=0)
         if column:
             product = build.reduce("ReduceSum", product, [rank - 1], keepdims=False)
         found[1] = b.unbroadcast(product, 1, (*stack, *shapes[1][-2:]))
