@@ -177,7 +177,8 @@ def _plot(
     if identity:
         spans = [(min(low for low, _ in spans), max(high for _, high in spans))] * 2
     across, up = _Axis(*spans[0], LEFT, WIDTH - RIGHT, log[0]), _Axis(*spans[1], floor, top, log[1])
-    parts = [*_legend(series), *_grid(across, up, names)]
+    whole = all(v == round(v) for s in series for v in s.x if math.isfinite(v))  # counts are not marked in between
+    parts = [*_legend(series), *_grid(across, up, names, whole=whole)]
     if identity:
         low, high = spans[0]
         parts.append(_line(across(low), up(low), across(high), up(high), 'stroke-dasharray="4 4" stroke-opacity="0.6"'))
@@ -218,19 +219,22 @@ def _steps(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten, thinned to at most seven; with 2 and 5 times them where there are few."""
+    """Powers of ten, thinned to at most seven; multiples of them, or even steps, where those are less than three."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, math.ceil((last - first) / 7))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [m * 10.0**k for k in range(first, last + 1, stride) for m in factors]
-    return [t for t in ticks if low <= t <= high]
+    for factors in ((1,), (1, 2, 5)):
+        ticks = [m * 10.0**k for k in range(first, last + 1, stride) for m in factors]
+        shown = [t for t in ticks if low <= t <= high]
+        if len(shown) > 2:
+            return shown
+    return _steps(low, high)
 
 
-def _grid(across: _Axis, up: _Axis, names: tuple[str, str]) -> Iterator[str]:
+def _grid(across: _Axis, up: _Axis, names: tuple[str, str], *, whole: bool) -> Iterator[str]:
     for value in up.ticks():
         yield _line(LEFT, up(value), WIDTH - RIGHT, up(value), 'stroke-opacity="0.15"')
         yield f'<text x="{LEFT - 7}" y="{up(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>'
-    shown = across.ticks()
+    shown = [t for t in across.ticks() if not whole or t == round(t)]
     while len(shown) > 1 and sum(len(_number(v)) + 2 for v in shown) * GLYPH > WIDTH - LEFT:
         shown = shown[::2]
     for value in shown:

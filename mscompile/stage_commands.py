@@ -6,7 +6,6 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,16 +130,12 @@ def check_rows(checks: Sequence[SiteCheck]) -> list[tuple[str, ...]]:
 
 def check_page(checks: Sequence[SiteCheck]) -> str:
     """Table and plot as one offline HTML page."""
+    from mscompile.pages import Figure, figures_html
     from mscompile.prediction import plot_checks
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in CHECKED)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in check_rows(checks))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        "<title>Predicted against measured risk</title><style>body{font:15px system-ui;margin:1em auto;max-width:60em;"
-        "padding:0 1em}td,th{padding:.2em .7em;text-align:right}td:first-child,th:first-child{text-align:left}</style>"
-        f"<h1>Predicted against measured risk</h1>{plot_checks(checks)}<table><tr>{head}</tr>{rows}</table></html>\n"
-    )
+    caption = "One point a unit that was really replaced; on the dashed line both are equal."
+    figure = Figure("Units one by one", plot_checks(checks), caption, CHECKED, check_rows(checks))
+    return figures_html("Predicted against measured risk", "What replacing single units costs at the outputs.", [figure])
 
 
 @click.command("calibrate")

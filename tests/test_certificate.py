@@ -39,8 +39,9 @@ def test_evidence_is_a_mixture_of_likelihood_ratios(total: float, trials: int, r
     assert log_evidence(total, trials, risk) == pytest.approx(math.log(mixture), abs=QUADRATURE)
 
 
-@pytest.mark.parametrize(("fidelity", "trials"), [(0.90, 36), (0.95, 74), (0.99, 377)])
-def test_trials_without_an_error_that_certify(fidelity: float, trials: int) -> None:
+@pytest.mark.parametrize(("fidelity", "floor", "trials"), [(0.90, 29, 36), (0.95, 59, 74), (0.99, 299, 377)])
+def test_trials_without_an_error_that_certify(fidelity: float, floor: int, trials: int) -> None:
+    assert math.ceil(math.log(DELTA) / math.log(fidelity)) == floor <= trials  # no test certifies earlier
     assert 1 - risk_bound(0, trials, DELTA) >= fidelity
     assert 1 - risk_bound(0, trials - 1, DELTA) < fidelity
     assert log_evidence(0, trials, 1 - fidelity) >= TARGET > log_evidence(0, trials - 1, 1 - fidelity)
@@ -180,11 +181,21 @@ def test_stopping_times_without_an_error(fidelity: float, trials: int) -> None:
 def test_either_verdict_is_rarely_wrong(rate: float) -> None:
     """At the boundary both verdicts are wrong; each comes in at most a share δ of the runs."""
     rng, found = np.random.default_rng(1), {"certified": 0, "refuted": 0, "undecided": 0}
-    for _ in range(RUNS // 4):
+    for _ in range(RUNS):
         test = SequentialTest(1 - rate, DELTA)
         test.update((rng.random(TRIALS) < rate).astype(float))
         found[test.verdict] += 1
-    assert max(found["certified"], found["refuted"]) <= DELTA * RUNS / 4
+    assert max(found["certified"], found["refuted"]) <= DELTA * RUNS
+    assert min(found["certified"], found["refuted"]) > 0  # the test can fail
+
+
+def test_neither_of_two_equal_models_is_called_better() -> None:
+    """The paired test: where two models differ, either is as likely to be wrong; both verdicts share δ."""
+    rng, decided = np.random.default_rng(4), 0
+    for _ in range(RUNS):
+        test = SequentialTest(0.5, DELTA / 2)
+        decided += test.update((rng.random(TRIALS) < 0.5).astype(float)) != "undecided"
+    assert 0 < decided <= DELTA * RUNS
 
 
 # --- for comparison ---------------------------------------------------------------------------------------------------
@@ -201,10 +212,10 @@ def test_stopping_times_of_the_others(fidelity: float, betting: int, hoeffding: 
     assert (reached[0] if reached else None) == (hoeffding if hoeffding is None else pytest.approx(hoeffding, rel=0.01))
 
 
-@pytest.mark.parametrize("risk", [0.05, 5e-4])
-def test_betting_is_rarely_wrong(risk: float) -> None:
-    losses = (np.random.default_rng(2).random((RUNS, 2000)) < risk).astype(float)
-    assert (betting_capital(losses, risk, DELTA).max(axis=1) >= TARGET).mean() <= DELTA
+@pytest.mark.parametrize(("risk", "trials"), [(0.05, 2000), (2e-3, 4000)])
+def test_betting_is_rarely_wrong(risk: float, trials: int) -> None:
+    losses = (np.random.default_rng(2).random((RUNS, trials)) < risk).astype(float)
+    assert 0 < (betting_capital(losses, risk, DELTA).max(axis=1) >= TARGET).mean() <= DELTA
 
 
 def test_the_beta_mixture_is_the_tightest() -> None:

@@ -103,6 +103,27 @@ def test_ticks_are_round_and_few() -> None:
         assert all(len(t) <= 9 for t in numbers), numbers
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(1.0, 16.0, ["1", "2", "5", "10"]), (0.4, 0.95, ["0.4", "0.6", "0.8", "1"])],
+)
+def test_a_logarithmic_axis_has_more_than_two_ticks(low: float, high: float, shown: list[str]) -> None:
+    root = read(lines([Series("a", [low, high], [0.0, 0.0])], **TEXT, log_x=True))
+    assert [
+        t.text for t in root.iter(f"{SVG}text") if t.get("text-anchor") == "middle" and (t.text or "")[0].isdigit()
+    ] == shown
+
+
+def test_counts_are_marked_by_whole_numbers() -> None:
+    root = read(lines([Series("a", [1, 2], [0.1, 0.2])], **TEXT))
+    assert [t.text for t in root.iter(f"{SVG}text") if t.get("text-anchor") == "middle"] == [
+        "1",
+        "2",
+        "predicted",
+        "measured",
+    ]
+
+
 def test_bars_of_one_group_are_joined_by_lines_that_do_not_meet():
     drawn = bars(
         ["a", "b", "c", "d"], [1, 2, 3, 4], groups=[0, 1, 0, 1], title="Sites", description="Two pairs that overlap."

@@ -17,8 +17,9 @@ from mscompile.audit.pipeline import audit
 from mscompile.audit.report import AuditReport
 from mscompile.audit.setup import AuditOptions
 from mscompile.cli import run
+from mscompile.drawing import Series, lines
 from mscompile.options import Options
-from mscompile.pages import audit_html, audit_markdown, compile_html, compile_markdown
+from mscompile.pages import Figure, audit_html, audit_markdown, compile_html, compile_markdown, figures_html
 from mscompile.pipeline import Compilation, compile_model
 
 HOSTILE = "h0</code><script>alert(1)</script>|`*&\"'"
@@ -136,6 +137,14 @@ def test_rendering_again(made: tuple[Path, Compilation, AuditReport], capsys: py
     (folder / "not.json").write_text("{}")
     assert run(["report", str(folder / "not.json")]) == 2
     assert run(["report", str(folder / "nowhere.json")]) == 2
+
+
+def test_figures_with_their_numbers() -> None:
+    plot = lines([Series("a", [1, 2], [0.1, 0.2])], title=HOSTILE, description="d", x="x", y="y")
+    reader = Reader(figures_html(HOSTILE, HOSTILE, [Figure(HOSTILE, plot, HOSTILE, ["a", HOSTILE], [["1", HOSTILE]])]))
+    assert "script" not in reader.tags
+    assert "".join(reader.text).count(HOSTILE) == 8  # each of them, in the plot's title, and in the page's
+    assert (reader.tags.count("svg"), reader.tags.count("td")) == (1, 2)
 
 
 def test_a_page_beside_a_compile(made: tuple[Path, Compilation, AuditReport], tmp_path: Path) -> None:

@@ -282,7 +282,9 @@ def _explanation(report: AuditReport, width: int) -> Iterator[str]:
         units = sum(len(channels) for channels in report.counterexample.swapped.values())
         where = "" if report.counterexample.folder is None else f", in {plain(report.counterexample.folder)}"
         what = (
-            f"{units} of {report.counterexample.swapped_before} swapped units suffice" if units else "without intervention"
+            f"{units} of {report.counterexample.swapped_before} swapped units suffice{'s' if units == 1 else ''}"
+            if units
+            else "without intervention"
         )
         yield from sentence(f"counterexample: {what}{where}", width)
     if report.comparison is not None:

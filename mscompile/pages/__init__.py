@@ -11,6 +11,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -354,6 +355,30 @@ def _swapping(law: str, swap: float) -> str:
     where = "at one site drawn at random" if law == "one-site" else "at every site"
     which = "every unit they share" if swap == 1.0 else f"each unit they share, with probability {swap:g},"
     return f"Set {which} {where} to what it is on another input"
+
+
+# --- plots with their numbers -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot of `drawing`, what it shows, and the table of its numbers."""
+
+    title: str
+    plot: str
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @property
+    def svg(self) -> Markup:
+        """The plot as it goes into a page."""
+        return _drawn(self.plot)
+
+
+def figures_html(heading: str, text: str, figures: Sequence[Figure]) -> str:
+    """A page of plots with their numbers."""
+    return _page("figures.html", heading=heading, text=text, figures=figures)
 
 
 # --- templates --------------------------------------------------------------------------------------------------------

@@ -20,13 +20,21 @@ from rescaling import rescaled, selected
 
 from mscompile.dense import open_dense
 from mscompile.drawing import Series, lines
+from mscompile.pages import Figure, figures_html
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
 SWAPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'"><title>Stress</title>
-<h1>Stress of {model}</h1><p>{text}</p>{plots}</html>
-"""
+RESCALED = (
+    "Every unit of the site is multiplied by its own factor, log-uniform between 1/s and s, and its outgoing weights are "
+    "divided by it: the same function. Drawn is the overlap (Jaccard) of the units chosen then with those chosen before, 1 "
+    "where the scale of a unit does not matter. The three objectives with curvature lie on one line, at 1. Two random sets "
+    "overlap by chance alone."
+)
+SWAPPED = (
+    "How often both networks give the same answer, by the probability with which each retained unit is swapped, up to the "
+    "strong swap of all. Replaced units keep their base values in the large network and follow the swapped ones in the small "
+    "one: the more is swapped, the less any fit can do."
+)
 
 
 @click.command(help=__doc__.split("\n\n")[0])
@@ -56,36 +64,40 @@ def main(model: Path, output: Path, site: str, keep: int, seeds: int) -> None:
         candidate = candidate_of(dense, statistics, scores, orders, {site: keep}, method.replacement, swap=method.swap)
         engine = candidate.interchange(test)
         iia[name] = [accuracy_of_interchange(engine, test, swap=swap, passes=seeds) for swap in SWAPS]
-    print(
-        table(
-            [f"Jaccard, {keep} kept", *(f"s = {s:g}" for s in SCALES)],
-            ([n, *(f"{v:.3f}" for v in o)] for n, o in overlap.items()),
-        )
-    )
-    print()
-    print(
-        table([f"IIA, {keep} kept", *(f"p = {p:g}" for p in SWAPS)], ([n, *(f"{v:.4f}" for v in o)] for n, o in iia.items()))
-    )
-    plots = [
-        lines(
-            [Series(name, SCALES, values) for name, values in overlap.items()],
-            title="Overlap of the selected sets after rescaling",
-            description="By the largest scale s; 1 means that the scale of units does not matter.",
-            x="largest scale s",
-            y="Jaccard overlap",
-            log_x=True,
+    figures = [
+        Figure(
+            "Rescaled units",
+            lines(
+                [Series(name, SCALES, values) for name, values in overlap.items()],
+                title="Overlap of the selected sets after rescaling",
+                description="By the largest scale s; 1 means that the scale of units does not matter.",
+                x="largest scale s",
+                y="Jaccard overlap",
+                log_x=True,
+            ),
+            RESCALED,
+            ["chosen by", *(f"s = {s:g}" for s in SCALES)],
+            [[n, *(f"{v:.3f}" for v in o)] for n, o in overlap.items()],
         ),
-        lines(
-            [Series(name, SWAPS, values) for name, values in iia.items()],
-            title="IIA by swap probability",
-            description="Strong swaps: up to every retained unit.",
-            x="swap probability",
-            y="IIA",
+        Figure(
+            "Strong swaps",
+            lines(
+                [Series(name, SWAPS, values) for name, values in iia.items()],
+                title="IIA by swap probability",
+                description="Strong swaps: up to every retained unit.",
+                x="swap probability",
+                y="IIA",
+            ),
+            SWAPPED,
+            ["chosen and replaced by", *(f"p = {p:g}" for p in SWAPS)],
+            [[n, *(f"{v:.4f}" for v in o)] for n, o in iia.items()],
         ),
     ]
-    figures = "".join(f'<div width="520">{plot}</div>' for plot in plots)
-    output.write_text(PAGE.format(model=model.stem, text=f"{keep} units kept at {site}.", plots=figures), encoding="utf-8")
-    print(f"\n{output}")
+    for figure in figures:
+        print(f"{table(figure.head, figure.rows)}\n")
+    text = f"{keep} units kept of {dense.scm.site(site).size} at {site}, calibrated on {len(calib)} samples."
+    output.write_text(figures_html(f"Stress of {model.stem}", text, figures), encoding="utf-8")
+    print(output)
 
 
 if __name__ == "__main__":
