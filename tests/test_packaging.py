@@ -22,6 +22,7 @@ SHIPPED = {
     "pages/base.html",
     "pages/audit.html",
     "pages/compile.html",
+    "pages/figures.html",
     "pages/audit.md",
     "pages/compile.md",
     "models/digits.onnx",

@@ -32,8 +32,8 @@ RESCALED = (
 )
 SWAPPED = (
     "How often both networks give the same answer, by the probability with which each retained unit is swapped, up to the "
-    "strong swap of all. Replaced units keep their base values in the large network and follow the swapped ones in the small "
-    "one: the more is swapped, the less any fit can do."
+    "strong swap of all. Replaced units keep their base values in the large network and follow the swapped ones in the "
+    "small one: the more is swapped, the less any fit can do."
 )
 
 
