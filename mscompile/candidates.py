@@ -21,7 +21,7 @@ from mscompile.rewrite import Compiled, rewrite
 from mscompile.runs.work import FORGET, Stage, digest
 from mscompile.runtime import Progress
 from mscompile.scores import Scores
-from mscompile.selection import Elimination
+from mscompile.selection import Elimination, without_carriers
 from mscompile.statistics import Statistics
 from mscompile.verify import Fidelity, Interchange, Law, make_pair
 
@@ -89,9 +89,10 @@ class Workshop:
         batch = self.source.batch or 1
         return self.parts["choose"].take(slice(max(HELD_SAMPLES // batch, 1) * batch))
 
-    def carrier(self, group: int) -> bool:
-        """Whether one of the channels left of a group carries constants."""
-        return any(site.border for site in self.source.groups[group])
+    def carriers(self, group: int) -> int:
+        """How many of the channels left of a group carry constants."""
+        order, scm = self.eliminations[group].order, self.source.scm
+        return len(order) - len(without_carriers(order, order, scm.blocks, self.source.groups[group]))
 
     def plans(self, counts: Mapping[int, int], *, predicted: bool = False) -> tuple[SitePlan, ...]:
         """Plans of the sites that are cut, in the order of the graph; `predicted` as in `make_plan`."""

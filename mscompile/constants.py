@@ -51,31 +51,49 @@ class Carrier:
     values: tuple[float, ...]
 
 
-def carrier(scm: Scm, sites: Sequence[Site], channels: IntArray) -> Carrier | None:
-    """The unit, among `channels` of the first site, that makes the best-scaled constant at all `sites`; None if none can."""
-    units = np.array(list(dict.fromkeys(sites[0].units[channels].tolist())), dtype=np.int64)
+def carriers(scm: Scm, sites: Sequence[Site], parts: Sequence[IntArray]) -> tuple[Carrier | None, ...]:
+    """For each of `parts`, channels of the first site, the unit that makes the best-scaled constant at all `sites`, if any.
+
+    A unit counts by the first of its channels: those of one unit may differ.
+    """
+    first = np.unique(sites[0].units, return_index=True)[1]
+    among = [sites[0].units[np.intersect1d(part, first)] for part in parts]
+    units = np.unique(np.concatenate(among))
     for site in sites[1:]:
         units = units[np.isin(units, site.units)]
+    none = (None,) * len(parts)
     if not len(units) or not all(can_be_constant(scm, creator) for creator in scm.creators_of(units)):
-        return None
+        return none
     responses = []
     # What a normalisation makes of a constant is exact for zeros alone, and otherwise holds rounding where zeros should be.
     levels = np.zeros(1) if any(_centred(scm, site) for site in sites) else LEVELS
     for site in sites:
         found = constant_response(scm, site, {int(u): levels for u in units})
         if found is None:
-            return None
+            return none
         places = {int(u): i for i, u in reversed([*enumerate(site.units)])}
         responses.append(found[:, [places[int(u)] for u in units]])
     stacked = np.abs(np.stack(responses))
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.abs(np.log2(stacked)).max(axis=0)
     distance[~np.isfinite(distance)] = np.inf
-    level, column = np.unravel_index(int(np.argmin(distance)), distance.shape)
-    if not np.isfinite(distance[level, column]):
-        return None
-    values = tuple(float(response[level, column]) for response in responses)
-    return Carrier(int(units[column]), float(levels[level]), values)
+
+    def best(columns: IntArray) -> Carrier | None:
+        if not len(columns) or not np.isfinite(distance[:, columns]).any():
+            return None
+        level, place = np.unravel_index(int(np.argmin(distance[:, columns])), (len(levels), len(columns)))
+        column = columns[place]
+        values = tuple(float(response[level, column]) for response in responses)
+        return Carrier(int(units[column]), float(levels[level]), values)
+
+    return tuple(best(np.flatnonzero(np.isin(units, own))) for own in among)
+
+
+def has_carriers(scm: Scm, site: Site) -> bool:
+    """Whether each group of every reader that pads meets a unit that can be made constant."""
+    free = np.flatnonzero(site.free)
+    parts = [np.intersect1d(met, free) for reader in site.readers if reader.border for met in reader.met]
+    return not parts or None not in carriers(scm, [site], parts)
 
 
 def can_be_constant(scm: Scm, creator: Creator) -> bool:

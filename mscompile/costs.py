@@ -25,6 +25,22 @@ Counts = Mapping[int, int]
 
 
 @dataclass(frozen=True)
+class Use:
+    """One use of a parameter.
+
+    Attributes
+    ----------
+    units
+        Units by axis.
+    folded
+        Units whose replacement changes the values of the parameter, so that it is stored apart from other uses.
+    """
+
+    units: Mapping[int, IntArray]
+    folded: IntArray | None
+
+
+@dataclass(frozen=True)
 class Costs:
     """Costs of a model whose groups are cut in given orders.
 
@@ -60,31 +76,58 @@ class Costs:
         """Name, shape and groups of every floating-point parameter."""
         tensors = ((value.name or "", value.const_value) for value in parameters(self.scm.model))
         shapes = [(name, t.shape.numpy()) for name, t in tensors if t is not None and t.dtype in FLOATS]
-        axes = [(name, shape, [self.group(name, a) for a in range(len(shape))]) for name, shape in shapes]
-        return tuple(
-            (name, tuple(map(int, shape)), frozenset(g for g in groups if g is not None)) for name, shape, groups in axes
-        )
+        return tuple((name, tuple(map(int, shape)), self._groups_on(name)) for name, shape in shapes)
+
+    def _groups_on(self, name: str) -> frozenset[int]:
+        """Groups whose units stand on any axis of a parameter, at any of its uses."""
+        uses = self._uses.get(name, ())
+        units = [units for use in uses for units in use.units.values()] + [
+            use.folded for use in uses if use.folded is not None
+        ]
+        return frozenset(group for each in units if (group := self._group(each)) is not None)
+
+    @cached_property
+    def _uses(self) -> dict[str, list[Use]]:
+        """Every way in which each parameter is used."""
+        found: dict[tuple[ir.Node, int], dict[int, IntArray]] = {}
+        for slot in self.scm.slots:
+            found.setdefault((slot.node, slot.operand), {})[slot.axis] = slot.units
+        folded: dict[tuple[ir.Node, int], IntArray] = {}
+        for site in self.scm.sites:
+            for reader in site.readers:
+                linear = reader.signature.linear
+                assert linear is not None
+                folded |= {(reader.node, o): reader.units for o in (linear.weight, linear.bias) if o is not None}
+            folded |= {(slot.node, slot.operand): site.units for pairing in site.pairings for slot in pairing.slots}
+        uses: dict[str, list[Use]] = {}
+        for value in parameters(self.scm.model):
+            for place in dict.fromkeys((node, operand) for node, operand in value.uses()):
+                uses.setdefault(value.name or "", []).append(Use(found.get(place, {}), folded.get(place)))
+        return uses
 
     @cached_property
     def _labels(self) -> dict[str, Labels]:
-        """Units along the axes of every tensor, parameters included."""
+        """Units along the axes of every tensor, parameters included as they are used first."""
         found: dict[str, dict[tuple[int, ...], IntArray]] = {name: dict(labels) for name, labels in self.scm.labels.items()}
-        for slot in self.scm.slots:
-            value = slot.node.inputs[slot.operand]
-            if value is not None:
-                found.setdefault(value.name or "", {}).setdefault((slot.axis,), slot.units)
+        for name, uses in self._uses.items():
+            for axis, units in uses[0].units.items():
+                found.setdefault(name, {}).setdefault((axis,), units)
         return dict(found)
 
     @cached_property
     def _group_of(self) -> dict[int, int]:
         return {int(unit): group for group, order in self.orders.items() for unit in order.tolist()}
 
+    def _group(self, units: IntArray) -> int | None:
+        """The group that units on one axis belong to; not all of them need be read."""
+        return next((self._group_of[unit] for unit in units.ravel().tolist() if unit in self._group_of), None)
+
     def group(self, name: str, axis: int) -> int | None:
         """The group whose units an axis of a tensor carries; None where they stay, or it carries none."""
         key = name, axis
         if key not in self._groups:
             units = next((u for axes, u in self._labels.get(name, {}).items() if axis in axes), None)
-            self._groups[key] = None if units is None or not units.size else self._group_of.get(int(units.flat[0]))
+            self._groups[key] = None if units is None else self._group(units)
         return self._groups[key]
 
     def width(self, name: str, axis: int, full: int, counts: Counts) -> int:
@@ -102,8 +145,19 @@ class Costs:
         if (group, count) not in self._dead:
             order, sites = self.orders[group], [site for site in self.scm.sites if site.group == group]
             kept = retained_units(order, count, self.scm.blocks, self.scm.frozen, sites)
-            self._dead[group, count] = np.setdiff1d(order, kept)
+            gone = {*np.setdiff1d(order, kept).tolist()}
+            self._dead[group, count] = self.scm.removable(gone, self._axes.get(group, ()))
         return self._dead[group, count]
+
+    @cached_property
+    def _axes(self) -> dict[int, list[IntArray]]:
+        """Units on every axis, by group."""
+        found: dict[int, list[IntArray]] = {}
+        for labels in self.scm.labels.values():
+            for units in labels.values():
+                if (group := self._group(units)) is not None:
+                    found.setdefault(group, []).append(units)
+        return found
 
     def shape(self, value: ir.Value, counts: Counts) -> Shape | None:
         """Shape of a tensor at given widths."""
@@ -148,7 +202,24 @@ class Costs:
         return self._terms[key, own]
 
     def _elements(self, name: str, shape: tuple[int, ...], counts: Counts) -> float:
-        return float(math.prod(self.width(name, a, d, counts) for a, d in enumerate(shape)))
+        """Elements of a parameter, and of the copies it falls into where its uses are cut in several ways."""
+        uses = self._uses.get(name, [])
+        if len(uses) < 2:
+            return float(math.prod(self.width(name, a, d, counts) for a, d in enumerate(shape)))
+        copies: dict[object, int] = {}
+        for number, use in enumerate(uses):
+            left = {axis: np.flatnonzero(~np.isin(units, self._gone_at(units, counts))) for axis, units in use.units.items()}
+            cut = {axis: places for axis, places in left.items() if len(places) < use.units[axis].size}
+            sizes = [len(cut[a]) * d // use.units[a].size if a in cut else d for a, d in enumerate(shape)]
+            own = use.folded is not None and len(self._gone_at(use.folded, counts)) > 0
+            copies[number if own else tuple((axis, places.tobytes()) for axis, places in sorted(cut.items()))] = math.prod(
+                sizes
+            )
+        return float(sum(copies.values()))
+
+    def _gone_at(self, units: IntArray, counts: Counts) -> IntArray:
+        group = self._group(units)
+        return np.zeros(0, dtype=np.int64) if group is None or group not in counts else self._gone(group, counts[group])
 
     def _work(self, node: ir.Node, counts: Counts) -> float:
         row, view = declared(node), self.view(node, counts)

@@ -92,7 +92,7 @@ class Frontier:
                 ):
                     counts = widths(source.groups[group], len(elimination.order), source.ranks, aligned=aligned)
                     measured = self._kept_risks(group, probed(counts))
-                    found[group] = make_curve(elimination, counts, workshop.carrier(group), measured)
+                    found[group] = make_curve(elimination, counts, workshop.carriers(group), measured)
             self._curves[aligned] = found
         return self._curves[aligned]
 

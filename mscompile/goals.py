@@ -73,17 +73,17 @@ def probed(counts: IntArray) -> IntArray:
     return counts[sorted(near)]
 
 
-def make_curve(elimination: Elimination, counts: IntArray, carrier: bool, measured: Mapping[int, float]) -> Curve:
+def make_curve(elimination: Elimination, counts: IntArray, carriers: int, measured: Mapping[int, float]) -> Curve:
     """The risk curve of a group.
 
     Parameters
     ----------
-    carrier
-        Whether one of the channels left carries constants.
+    carriers
+        How many of the channels left carry constants.
     measured
         Risk by channels left, where it was measured; between, the ratio to the prediction is interpolated.
     """
-    gone = np.minimum(len(elimination.order) - counts + carrier, len(elimination.order))
+    gone = np.minimum(len(elimination.order) - counts + carriers, len(elimination.order))
     predicted = np.where(counts == counts[0], 0.0, elimination.risk[gone])
     measured = {count: risk for count, risk in measured.items() if np.isfinite(predicted[counts == count]).all()}
     if measured:

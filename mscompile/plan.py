@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from mscompile.constants import carrier
+from mscompile.constants import has_carriers
 from mscompile.errors import GoalError, UsageError
 from mscompile.operators import IntArray
 from mscompile.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Factor, Fit, fit_by_row
 from mscompile.scm import Scm, Site
 from mscompile.scores import MEASURABLE, Scores, joint_curvature
-from mscompile.selection import retained_heads, retained_units
+from mscompile.selection import retained_heads, retained_units, without_carriers
 from mscompile.statistics import Statistics
 from mscompile.windows import determined, fit_window, window_name, window_weight
 
@@ -189,9 +189,7 @@ def refusal(scm: Scm, site: Site) -> str | None:
         return str(site.refusal)
     if len(np.unique(site.units)) < 2:
         return "has a single unit"
-    if any(reader.border and reader.groups > 1 for reader in site.readers):
-        return "is read by a convolution in groups with zero padding, whose border no constant reaches exactly"
-    if site.border and carrier(scm, [site], np.flatnonzero(site.free)) is None:
+    if not has_carriers(scm, site):
         return "is read with zero padding, and no channel can be made constant to carry the bias to the border exactly"
     return None
 
@@ -266,8 +264,8 @@ def make_plan(
     orders
         Units by group in the order they go, see `mscompile.selection`.
     counts
-        Channels left in the compiled model by group. Where constants must reach a zero-padded border, one of them is the
-        carrier, so one unit fewer is retained.
+        Channels left in the compiled model by group. Where constants must reach a zero-padded border, some of them are the
+        carriers, so fewer units are retained.
     replacement
         One of `REPLACEMENTS`.
     swap
@@ -284,14 +282,14 @@ def make_plan(
     for group, count in counts.items():
         sites = groups[group]
         order = orders[group]
-        stay = len(np.unique(np.concatenate([site.units[~site.free] for site in sites])))
-        retained = max(count - any(site.border for site in sites), stay)
-        if count == len(order) or retained < 1:
+        left = retained_units(order, count, scm.blocks, scm.frozen, sites)
+        retained = without_carriers(left, order, scm.blocks, sites)
+        if count == len(order) or not len(retained):
             continue
-        # Whole heads or some channels of each: what costs less.
-        sets = [retained_units(order, retained, scm.blocks, scm.frozen, sites)]
-        heads = retained_heads(order, retained, scm.blocks, scm.frozen)
-        if heads is not None and all(np.isin(site.units, heads).any() for site in sites):
+        # Whole heads or some channels of each: what costs less of what is no wider.
+        sets = [retained]
+        heads = retained_heads(order, count, scm.blocks, scm.frozen)
+        if heads is not None and len(heads) <= len(retained) and all(np.isin(site.units, heads).any() for site in sites):
             sets.append(heads)
         free = order[: (lossless or {}).get(group, 0)]
         plans = [

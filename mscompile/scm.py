@@ -8,7 +8,7 @@ with a weight read, and its *readers* are those operators. The reading is one fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from mscompile.flow import Creator, Refusal, Slot, Walk, captured, label
 from mscompile.operators import Dim, IntArray, Shape, Signature, declared, is_parameter
 from mscompile.sites import Pairing, Reader, Site, sites_of
-from mscompile.units import Axes, Block, Labels, along
+from mscompile.units import Axes, Block, Labels, along, even
 
 __all__ = [
     "Creator",
@@ -81,6 +81,37 @@ class Scm:
     def units_on(self, tensor: str, axis: int) -> IntArray | None:
         """Units along an axis, of the first row where there are several; None where it carries none."""
         return along(self.labels.get(tensor, {}), axis)
+
+    def removable(self, dead: Set[int], axes: Sequence[IntArray] | None = None) -> IntArray:
+        """Of units that nothing reads, those that can go: rows stay equally large, and of a whole axis one unit stays.
+
+        Heads go with the last of their units that anything reads. `axes` are units by axis, all there are if not given.
+        """
+        if axes is None:
+            axes = [units for labels in self.labels.values() for units in labels.values()]
+        every = {unit for block in self.blocks for unit in block.units.ravel().tolist()}
+        dead = {*dead}
+        while True:
+            gone = {*dead}
+            if dead & every:
+                heads = self._heads_gone(dead)
+                gone = gone.union(*heads.values())
+                gone -= {*even(np.array(sorted(every - gone), dtype=np.int64), self.blocks, (), heads.keys()).tolist()}
+                gone |= heads.keys()
+            kept = {int(units.flat[0]) for units in axes if gone.issuperset(units.ravel().tolist())}
+            if not kept & dead:  # else what stays may bring others back
+                return np.array(sorted(gone - kept), dtype=np.int64)
+            dead -= kept
+
+    def _heads_gone(self, dead: Set[int]) -> dict[int, set[int]]:
+        """Heads that go with `dead` units, and all units they hold: nothing is read of them, and nothing else needs them."""
+        rows: dict[int, set[int]] = {}
+        for block in self.blocks:
+            for head, units in zip(block.heads.tolist(), block.units.tolist(), strict=True):
+                if head >= 0 and head not in self.frozen:
+                    rows.setdefault(head, set()).update(units)
+        read = {unit for site in self.sites if site.readers for unit in site.units.tolist()}
+        return {h: u for h, u in rows.items() if u & read and u & read <= dead and not u & self.frozen.keys()}
 
     def creators_of(self, units: IntArray) -> tuple[Creator, ...]:
         """Creators that share a unit with `units`."""

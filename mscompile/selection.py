@@ -222,11 +222,11 @@ def retained_units(
     """
     own = [block for block in blocks if np.isin(block.units, order).all()]
     each = [Block(site.units[None], np.array([-1])) for site in sites]
-    kept = order[len(order) - count :]
+    stay = order[np.isin(order, list(frozen))]
     if not own:
-        return even(kept, each, order.tolist())
+        return even(np.union1d(stay, order[len(order) - count :]), each, order.tolist())
     place = {unit: i for i, unit in enumerate(order.tolist())}
-    shared, rest = [order[np.isin(order, list(frozen))]], order
+    shared, rest = [stay], order
     for block in _apart(own):
         rows = [sorted(set(row), key=lambda unit: place[unit]) for row in block.units.tolist()]
         quota = max(1, round(count / len(order) * max(len(row) for row in rows)))
@@ -236,6 +236,26 @@ def retained_units(
     kept = np.union1d(kept, rest[len(rest) - min(max(0, count - len(kept)), len(rest)) :])
     gone = empty_heads(own, kept, frozen)
     return even(kept, own + each, order.tolist(), gone)
+
+
+def without_carriers(left: IntArray, order: IntArray, blocks: Sequence[Block], sites: Sequence[Site]) -> IntArray:
+    """Those of the units left that are retained, where others carry constants to the border of readers that pad.
+
+    One makes way for each carrier, the first that may go: of all the units of a reader that pads, or of each of its groups;
+    where rows must stay equally large, one of every row.
+    """
+    fixed = np.concatenate([site.units[~site.free] for site in sites])
+    going = [unit for unit in order[np.isin(order, left)].tolist() if unit not in {*fixed.tolist()}]
+    padding = [reader for site in sites for reader in site.readers if reader.border]
+    own = [block for block in blocks if np.isin(block.units, order).all()] if padding else []
+    met = {unit for site in sites if site.border for unit in site.units.tolist()}
+    rows = [set(row) for block in _apart(own) if met & {*block.units.ravel().tolist()} for row in block.units.tolist()]
+    rows += [set(part.tolist()) for reader in padding for part in reader.units.reshape(reader.groups, -1)]
+    gone: set[int] = set()
+    for row in rows:
+        if not gone & row:
+            gone.update([next((unit for unit in going if unit in row), -1)])
+    return np.setdiff1d(left, list(gone))
 
 
 def _apart(blocks: Sequence[Block]) -> Iterator[Block]:

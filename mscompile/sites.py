@@ -59,18 +59,36 @@ class Reader:
 
     def rows(self, weight: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """[columns, rest]: a weight by the channel it meets, one row per entry of `index`."""
-        if self.groups == 1:
-            return np.moveaxis(weight, self.axis, 0)
-        blocked = weight.reshape(self.groups, -1, *weight.shape[1:])
-        moved = np.moveaxis(blocked, self.axis + 1, 1)
-        return moved.reshape(-1, *moved.shape[2:])
+        blocks = self._blocks(weight)[:, : len(self.index) // self.groups]
+        return blocks.reshape(-1, *blocks.shape[2:])
 
-    def from_rows(self, rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """The weight again."""
+    def ones(self, weight: npt.NDArray[np.generic]) -> npt.NDArray[np.generic] | None:
+        """[groups, rest]: the weight on the channels of ones that a Carry node brings; None where there is none."""
+        blocks = self._blocks(weight)[:, len(self.index) // self.groups :]
+        return blocks[:, 0] if blocks.shape[1] else None
+
+    def _blocks(self, weight: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """[groups, channels of a group, rest]."""
         if self.groups == 1:
-            return np.moveaxis(rows, 0, self.axis)
-        blocked = np.moveaxis(rows.reshape(self.groups, -1, *rows.shape[1:]), 1, self.axis + 1)
+            return np.moveaxis(weight, self.axis, 0)[None]
+        return np.moveaxis(weight.reshape(self.groups, -1, *weight.shape[1:]), self.axis + 1, 1)
+
+    def from_rows(
+        self, rows: npt.NDArray[np.generic], ones: npt.NDArray[np.generic] | None = None
+    ) -> npt.NDArray[np.generic]:
+        """The weight again, of `rows` and `ones`."""
+        blocks = rows.reshape(self.groups, -1, *rows.shape[1:])
+        if ones is not None:
+            blocks = np.concatenate([blocks, ones[:, None]], axis=1)
+        if self.groups == 1:
+            return np.moveaxis(blocks[0], 0, self.axis)
+        blocked = np.moveaxis(blocks, 1, self.axis + 1)
         return blocked.reshape(-1, *blocked.shape[2:])
+
+    @property
+    def met(self) -> tuple[IntArray, ...]:
+        """Channels of the site that each group meets."""
+        return tuple(np.unique(part) for part in self.index.reshape(self.groups, -1))
 
     def columns(self, size: int) -> npt.NDArray[np.float64]:
         """[channels, places, rest]: the weight in float64, in the order of a site's `size` channels."""
@@ -142,7 +160,7 @@ class Site:
 
     @property
     def border(self) -> bool:
-        """Whether some reader needs a carrier channel for constants."""
+        """Whether some reader needs carrier channels for constants: one for each group of it."""
         return any(reader.border for reader in self.readers)
 
     @property

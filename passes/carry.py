@@ -1,8 +1,8 @@
 """Carriers: constants that reach the border of zero-padded readers exactly (see `mscompile.constants`).
 
-A Carry node gives its reader one more channel, of ones. Here a unit that nothing reads takes its place: its producers get
-zero weights and a fixed bias, so that it is v everywhere inside the map, and its outgoing weights become those of the ones
-over v.
+A Carry node gives its reader one more channel, of ones, or one for each group of it. Here a unit that nothing reads takes
+the place of each: its producers get zero weights and a fixed bias, so that it is v everywhere inside the map, and its
+outgoing weights become those of the ones over v.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.constants import Carrier, carrier
-from mscompile.operators import DIALECT, Signature
+from mscompile.constants import Carrier, carriers
+from mscompile.operators import DIALECT, IntArray, Signature
 from mscompile.passes.narrow import unread_units
 from mscompile.passes.readers import add_bias, array_of, owned
 from mscompile.scm import Reader, Scm, Site, read_scm
@@ -44,30 +44,90 @@ def carry_of(reader: Reader) -> ir.Node | None:
     return producer if producer is not None and producer.domain == DIALECT and producer.op_type == "Carry" else None
 
 
-def _fold(graph: ir.Graph, scm: Scm, members: Sequence[tuple[Site, Reader]], unread: np.ndarray) -> bool:
-    sites = list({site.tensor: site for site, _ in members}.values())
-    constant = carrier(scm, sites, np.flatnonzero(np.isin(sites[0].units, unread) & sites[0].free))
-    if constant is None:
+@dataclass(frozen=True)
+class Demand:
+    """A group of a reader behind a Carry node: one of the units it meets is to be its carrier."""
+
+    site: Site
+    reader: Reader
+    group: int
+
+    def units(self, unread: IntArray) -> set[int]:
+        """Units that may be: those nothing reads, free to go, whose first channel, which tells their value, it meets."""
+        first = np.unique(self.site.units, return_index=True)[1]
+        channels = np.intersect1d(self.reader.met[self.group], first)
+        own = self.site.units[channels[self.site.free[channels]]]
+        return set(own[np.isin(own, unread)].tolist())
+
+
+@dataclass
+class Shared:
+    """Demands that one unit serves, and the units that could."""
+
+    units: set[int]
+    demands: list[Demand]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Where it is read."""
+        return {demand.site.tensor: demand.site for demand in self.demands}
+
+
+def _fold(graph: ir.Graph, scm: Scm, members: Sequence[tuple[Site, Reader]], unread: IntArray) -> bool:
+    found = _choose(scm, [Demand(site, reader, g) for site, reader in members for g in range(reader.groups)], unread)
+    if found is None:
         return False
-    make_constant(graph, scm, sites[0], constant)
-    values = dict(zip((site.tensor for site in sites), constant.values, strict=True))
+    make_constant(graph, scm, members[0][0], [constant for constant, _ in found.values()])
     for site, reader in members:
         node, linear = carry_of(reader), reader.signature.linear
         assert node is not None
         assert linear is not None
-        weight = np.moveaxis(array_of(reader.weight).astype(np.float64), reader.axis, 0)
-        channel = np.flatnonzero(site.units == constant.unit)[0]  # whose value it is: those of one unit may differ
-        weight[np.flatnonzero(reader.index == channel)[:1]] = weight[-1] / values[site.tensor]
-        owned(graph, reader.node, linear.weight, np.moveaxis(weight[:-1], 0, reader.axis))
+        weight = array_of(reader.weight).astype(np.float64)
+        rows, ones = reader.rows(weight).copy(), reader.ones(weight)
+        assert ones is not None
+        for group in range(reader.groups):
+            constant, value = found[reader.node, group]
+            channel = np.flatnonzero(site.units == constant.unit)[0]  # whose value it is: those of one unit may differ
+            rows[np.flatnonzero(reader.index == channel)[:1]] = ones[group] / value
+        owned(graph, reader.node, linear.weight, reader.from_rows(rows))
         reader.node.replace_input_with(linear.data, node.inputs[0])
         graph.remove(node, safe=True)
     return True
 
 
-def make_constant(graph: ir.Graph, scm: Scm, site: Site, constant: Carrier) -> None:
-    """Give the carrier's producers zero weights and its bias."""
+def _choose(
+    scm: Scm, demands: Sequence[Demand], unread: IntArray
+) -> dict[tuple[ir.Node, int], tuple[Carrier, float]] | None:
+    """A carrier, and its value at the site, by reader and group; None where there is none for one of them."""
+    shared: list[Shared] = []
+    for units, demand in sorted(((d.units(unread), d) for d in demands), key=lambda pair: len(pair[0])):
+        for entry in shared:
+            if entry.units & units:
+                entry.units &= units
+                entry.demands.append(demand)
+                break
+        else:
+            shared.append(Shared(units, [demand]))
+    found: dict[tuple[ir.Node, int], tuple[Carrier, float]] = {}
+    for tensors in dict.fromkeys(tuple(entry.sites) for entry in shared):
+        entries = [entry for entry in shared if tuple(entry.sites) == tensors]
+        sites = [*entries[0].sites.values()]
+        parts = [np.flatnonzero(np.isin(sites[0].units, list(entry.units))) for entry in entries]
+        for entry, constant in zip(entries, carriers(scm, sites, parts), strict=True):
+            if constant is None:
+                return None
+            values = dict(zip(tensors, constant.values, strict=True))
+            found |= {(d.reader.node, d.group): (constant, values[d.site.tensor]) for d in entry.demands}
+    return found
+
+
+def make_constant(graph: ir.Graph, scm: Scm, site: Site, constants: Sequence[Carrier]) -> None:
+    """Give the carriers' producers zero weights and their bias."""
     for creator in scm.creators_of(site.units):
-        chosen, found = creator.units == constant.unit, scm.signatures[creator.node]
+        biases = np.zeros(len(creator.units))
+        for constant in constants:
+            biases[creator.units == constant.unit] = constant.bias
+        chosen, found = np.isin(creator.units, [constant.unit for constant in constants]), scm.signatures[creator.node]
         assert isinstance(found, Signature)
         assert found.linear is not None
         if not chosen.any():
@@ -77,4 +137,4 @@ def make_constant(graph: ir.Graph, scm: Scm, site: Site, constant: Carrier) -> N
             np.moveaxis(array, slot.axis, 0)[chosen] = 0
             owned(graph, creator.node, slot.operand, array)
         rank = len(scm.shapes[creator.node.outputs[0].name or ""])
-        add_bias(graph, creator.node, found.linear, chosen * constant.bias, rank - 1 - creator.axis)
+        add_bias(graph, creator.node, found.linear, biases, rank - 1 - creator.axis)

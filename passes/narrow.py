@@ -6,7 +6,7 @@ target shapes and channel counts follow. By itself this preserves the function e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from mscompile.operators import DIALECT, IntArray, Signature
 from mscompile.passes.readers import add_parameter, array_of, owned
 from mscompile.scm import Scm, Slot, read_scm
-from mscompile.units import alive, even, width
+from mscompile.units import alive, width
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def unread_units(scm: Scm) -> IntArray:
     for site in scm.sites:
         every.update(site.units.tolist())
         for reader in site.readers:
-            # Behind a Carry node the weight has one column more, which is no unit's.
-            weight = reader.rows(array_of(reader.weight))[: len(reader.units)]
+            weight = reader.rows(array_of(reader.weight))
             read.update(reader.units[weight.reshape(len(weight), -1).any(axis=1)].tolist())
         for pairing in site.pairings:  # a pair whose query is zero adds nothing to any score
             for slot, index in zip(pairing.slots, pairing.index, strict=True):
@@ -84,29 +83,7 @@ def dead_units(scm: Scm, tensors: Iterable[str] | None = None) -> IntArray:
         if node.domain == DIALECT:  # holds channel numbers, or counts channels, and would have to follow
             for units in scm.labels.get(node.outputs[0].name or "", {}).values():
                 dead -= set(units.ravel().tolist())
-    every = {unit for block in scm.blocks for unit in block.units.ravel().tolist()}
-    heads: dict[int, set[int]] = {}
-    if dead & every:
-        heads = dead_heads(scm, dead)
-        dead = dead.union(*heads.values())
-        dead -= set(even(np.array(sorted(every - dead), dtype=np.int64), scm.blocks, (), heads.keys()).tolist())
-        dead.update(heads)
-    for labels in scm.labels.values():
-        for units in labels.values():
-            if dead.issuperset(units.ravel().tolist()):
-                dead.discard(int(units.flat[0]))
-    return np.array(sorted(dead), dtype=np.int64)
-
-
-def dead_heads(scm: Scm, dead: Collection[int]) -> dict[int, set[int]]:
-    """Heads that go with `dead` units, and all units they hold: nothing is read of them, and nothing else needs them."""
-    rows: dict[int, set[int]] = {}
-    for block in scm.blocks:
-        for head, units in zip(block.heads.tolist(), block.units.tolist(), strict=True):
-            if head >= 0 and head not in scm.frozen:
-                rows.setdefault(head, set()).update(units)
-    read = {unit for site in scm.sites if site.readers for unit in site.units.tolist()}
-    return {h: u for h, u in rows.items() if u & read and u & read <= set(dead) and not u & scm.frozen.keys()}
+    return scm.removable(dead)
 
 
 def _slice_parameters(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:

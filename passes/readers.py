@@ -68,20 +68,18 @@ def rewrite_reader(graph: ir.Graph, scm: Scm, reader: Reader, columns: np.ndarra
         [channels, places, rest], as of `Reader.columns`.
     response
         [groups, places, rest]: the weight on a channel of ones, per group of the reader. To a reader that pads it is just
-        that, and a Carry node provides the channel; to others it is a bias.
+        that, and a Carry node provides the channels; to others it is a bias.
     """
     linear = reader.signature.linear
     assert linear is not None
     rows = np.empty((len(reader.index), *columns.shape[2:]))
     rows[np.argsort(reader.index, kind="stable")] = columns.reshape(rows.shape)
     together = response.sum(axis=1)
-    ones = reader.rows(array_of(reader.weight))[len(rows) :]  # what a Carry node that is there already brings
+    there = reader.ones(array_of(reader.weight))  # what a Carry node that is there already brings
     carried = reader.border and bool(response.any())
-    if carried or len(ones):
-        assert reader.groups == 1, "a reader in groups takes no carrier"
-        rows = np.concatenate([rows, together + ones.sum(axis=0)])
-    owned(graph, reader.node, linear.weight, reader.from_rows(rows))
-    if len(ones):
+    ones = (together if there is None else together + there) if carried or there is not None else None
+    owned(graph, reader.node, linear.weight, reader.from_rows(rows, ones))
+    if there is not None:
         return
     if carried:
         _carry(graph, scm, reader, linear)
@@ -94,18 +92,19 @@ def rewrite_reader(graph: ir.Graph, scm: Scm, reader: Reader, columns: np.ndarra
 
 
 def _carry(graph: ir.Graph, scm: Scm, reader: Reader, linear: Linear) -> None:
-    """Put ``mscompile::Carry(x; axis)`` before a reader: x with one more channel, of ones."""
+    """Put ``mscompile::Carry(x; axis, groups)`` before a reader: x with one more channel, of ones, behind each group."""
     source = reader.node.inputs[linear.data]
     assert source is not None
     dims = list(scm.shapes[source.name or ""])
-    dims[reader.data_axis] = len(reader.index) + 1
+    dims[reader.data_axis] = len(reader.index) + reader.groups
     tensor = reader.node.inputs[linear.weight]
     assert tensor is not None
     assert tensor.const_value is not None
     stacked = ir.Value(
         name=f"{reader.node.outputs[0].name}.carried", shape=ir.Shape(dims), type=ir.TensorType(tensor.const_value.dtype)
     )
-    node = ir.node("Carry", [source], {"axis": reader.data_axis}, domain=DIALECT, outputs=[stacked])
+    attributes = {"axis": reader.data_axis, "groups": reader.groups}
+    node = ir.node("Carry", [source], attributes, domain=DIALECT, outputs=[stacked])
     graph.insert_before(reader.node, node)
     reader.node.replace_input_with(linear.data, stacked)
 

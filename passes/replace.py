@@ -146,7 +146,8 @@ def _refit(graph: ir.Graph, scm: Scm, site: Site, reader: Reader, planned: SiteP
 class LowerReplacements(ir.passes.InPlacePass):
     """Spell out the dialect.
 
-    Replace: ``Gather(Concat(a_K, matrix · a_K + constants), places)``. Carry: ``Concat(a, a_0⁰)``, since 0⁰ is 1.
+    Replace: ``Gather(Concat(a_K, matrix · a_K + constants), places)``. Carry: ``Concat(a, a_0⁰)``, since 0⁰ is 1, of which a
+    Gather puts the last channel behind each group.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -196,11 +197,16 @@ class LowerReplacements(ir.passes.InPlacePass):
 def _lower_carry(graph: ir.Graph, node: ir.Node) -> None:
     source, target = node.inputs[0], node.outputs[0]
     assert source is not None
-    axis, dtype = node.attributes["axis"].as_int(), target.dtype or ir.DataType.FLOAT
+    axis, groups = node.attributes["axis"].as_int(), node.attributes["groups"].as_int()
+    dtype = target.dtype or ir.DataType.FLOAT
     tape = ir.tape.Tape()
     first = tape.op("Gather", [source, add_parameter(graph, f"{target.name}.first", np.zeros(1, np.int64))], {"axis": axis})
     ones = tape.op("Pow", [first, add_parameter(graph, f"{target.name}.nought", np.zeros((), dtype.numpy()), dtype)])
     stacked = tape.op("Concat", [source, ones], {"axis": axis})
+    if groups > 1:
+        channels = (0 if target.shape is None else int(target.shape.numpy()[axis])) - groups
+        places = np.insert(np.arange(channels), np.arange(1, groups + 1) * (channels // groups), channels)
+        stacked = tape.op("Gather", [stacked, add_parameter(graph, f"{target.name}.places", places)], {"axis": axis})
     name_outputs(graph, tape.nodes, f"{target.name}.lowered")
     target.name, name = None, target.name
     graph.insert_after(node, tape.nodes)

@@ -968,6 +968,48 @@ GRAPHS = {
         }""",
         ["a: r[1] 18 > c", "b: c[1] 4 > y"],
     ),
+    "a block of aggregated transformations": (
+        """(float[N,3,6,6] x) => (float[N,5,6,6] y)
+        <float[6,3,3,3] w0, float[6] b0, float[12,6,1,1] w1, float[12] b1, float[12,3,3,3] w2, float[12] b2,
+         float[6,12,1,1] w3, float[6] b3, float[5,6,3,3] w4> {
+            a0 = Conv<pads=[1,1,1,1]>(x, w0, b0)
+            a = Relu(a0)
+            c0 = Conv(a, w1, b1)
+            c = Relu(c0)
+            d0 = Conv<group=4,pads=[1,1,1,1]>(c, w2, b2)
+            d = Relu(d0)
+            e = Conv(d, w3, b3)
+            s = Add(a, e)
+            h = Relu(s)
+            y = Conv<pads=[1,1,1,1]>(h, w4)
+        }""",
+        ["a: a[1] 6 > c0", "b: c[1] 12 > d0", "c: d[1] 12 > e", "a: h[1] 6 > y"],
+    ),
+    "padded groups, two and four, and none": (
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y, float[N,8,6,6] z, float[N,3,6,6] u)
+        <float[16,3,1,1] w1, float[16] b1, float[4,8,3,3] w2, float[8,4,3,3] w4, float[3,16,3,3] w> {
+            a = Conv(x, w1, b1)
+            h = Relu(a)
+            s = Sigmoid(a)
+            y = Conv<group=2,pads=[1,1,1,1]>(h, w2)
+            z = Conv<group=4,pads=[1,1,1,1]>(s, w4)
+            u = Conv<pads=[1,1,1,1]>(h, w)
+        }""",
+        ["a: h[1] 16 > y, u", "a: s[1] 16 > z"],
+    ),
+    "padded groups behind a shuffle": (
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y)
+        <float[8,3,1,1] w1, float[8,4,3,3] w2, int64[5] ap={0,2,4,6,6}, int64[4] to={0,8,6,6}, float[4,4,3,3] w3> {
+            a = Conv(x, w1)
+            h = Tanh(a)
+            g = Conv<group=2,pads=[1,1,1,1]>(h, w2)
+            r = Reshape(g, ap)
+            t = Transpose<perm=[0,2,1,3,4]>(r)
+            k = Reshape(t, to)
+            y = Conv<group=2,pads=[1,1,1,1]>(k, w3)
+        }""",
+        ["a: h[1] 8 > g", "b: g[1] 8 > y"],
+    ),
     "a shuffled block of parts": (
         """(float[N,3,6,6] x) => (float[N,5,A,B] y)
         <float[8,3,1,1] w1, int64[2] pt={4,4}, float[4,4,1,1] w2, float[4,1,3,3] dw, float[4,4,1,1] w4,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from golden import inputs, model, site_plan
+from graphs import GRAPHS
 from small_models import mlp, samples
 
 from mscompile import Options, compile_model
@@ -19,11 +22,13 @@ from mscompile.frontier import ENOUGH, ladder
 from mscompile.goals import Curve, descend, make_curve, probed, reach, widths
 from mscompile.latency import LatencyTable
 from mscompile.models import path as shipped
-from mscompile.plan import make_plan
+from mscompile.operators.backward import FLOATS
+from mscompile.plan import Plan, make_plan, selectable
 from mscompile.preparation import eliminate, what_to_measure
 from mscompile.rewrite import rewrite
+from mscompile.scm import read_scm
 from mscompile.scores import score
-from mscompile.selection import Elimination
+from mscompile.selection import Elimination, retained_units, without_carriers
 from mscompile.sizes import count_macs, count_parameters
 
 
@@ -67,15 +72,47 @@ def test_costs_are_those_of_the_compiled_model(shipped_model: bool, share: float
             assert cost(wider) - cost(counts) == cost(wider, group) - cost(counts, group)
 
 
+CARRIED_ELSEWHERE = "a shuffled block of parts"
+"""Which unit carries constants is told by how it is scaled; here other axes are one wider or narrower with it."""
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("case", [name for name in GRAPHS if name != CARRIED_ELSEWHERE])
+def test_widths_foretold_are_those_of_the_compiled_graph(case: str, share: float) -> None:
+    dense, rng = model(GRAPHS[case][0], opset=21), np.random.default_rng(0)
+    scm, orders, counts, sites = read_scm(dense), {}, {}, []
+    for group, members in selectable(scm).items():
+        units = np.unique(np.concatenate([site.units for site in members]))
+        stay = np.unique(np.concatenate([site.units[~site.free] for site in members]))
+        orders[group] = np.concatenate([rng.permutation(np.setdiff1d(units, stay)), stay])
+        counts[group] = max(1, round(share * len(units)))
+        left = retained_units(orders[group], counts[group], scm.blocks, scm.frozen, members)
+        kept = without_carriers(left, orders[group], scm.blocks, members)
+        if len(kept) == len(units) or not all(np.isin(site.units, kept).any() for site in members):
+            counts[group] = len(units)
+            continue
+        cut = [site for site in members if not np.isin(site.units, kept).all()]
+        sites += [site_plan(scm, site, np.isin(site.units, kept), "constant", rng) for site in cut]
+    place = {site.tensor: i for i, site in enumerate(scm.sites)}
+    sites.sort(key=lambda entry: place[entry.tensor])
+    plan = Plan(model_sha256="", objective="", replacement="constant", swap=0.0, sites=tuple(sites))
+    costs = Costs(scm, orders, {name: array.shape for name, array in inputs(dense, samples=4).items()})
+    compiled = rewrite(dense, plan).model
+    named = dense.graph.initializers
+    added = [v for n, v in compiled.graph.initializers.items() if re.sub(r"(\.\d+)+$", "", n) not in named]  # biases
+    extra = sum(v.const_value.size for v in added if v.dtype in FLOATS)
+    assert costs.params(counts) == count_parameters(compiled) - extra
+
+
 def test_a_curve_is_the_lower_convex_hull_of_what_was_measured() -> None:
     elimination = Elimination(np.arange(8), np.array([0.0, 1, 1, 1, 8, 9, 20, 21, np.inf]))
     counts = np.array([8, 7, 6, 5, 4, 3, 2, 1])
-    plain = make_curve(elimination, counts, False, {})
+    plain = make_curve(elimination, counts, 0, {})
     assert plain.counts == (8, 5, 3, 1)
     assert plain.risk == (0.0, 1.0, 9.0, 21.0)
-    scaled = make_curve(elimination, counts, False, {3: 90.0})
+    scaled = make_curve(elimination, counts, 0, {3: 90.0})
     assert dict(zip(scaled.counts, scaled.risk, strict=True))[3] == pytest.approx(90.0)
-    carried = make_curve(elimination, counts, True, {})  # one channel carries constants: one more unit has gone
+    carried = make_curve(elimination, counts, 1, {})  # one channel carries constants: one more unit has gone
     assert carried.counts[0] == 8
     assert carried.risk[0] == 0.0
     assert 1 not in carried.counts  # all units would have gone

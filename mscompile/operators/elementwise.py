@@ -57,7 +57,7 @@ def dropout(node: NodeView) -> Signature | str:
 
 
 def carry(node: NodeView) -> Signature | str:
-    """Input 0 with one more channel, of ones, at the end, which is no unit's."""
+    """Input 0 with one more channel, of ones, behind each of `groups` blocks of channels, which is no unit's."""
     base = unary(node)
     return base if isinstance(base, str) else replace(base, moving=True)
 
