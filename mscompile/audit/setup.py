@@ -193,6 +193,10 @@ def prepare(
     weak = [s.dense for s in sites if s.alike is not None and s.alike < ALIKE]
     if weak and found.origin == "weights":
         notes.append(f"units matched by weights behave differently in the two models at {', '.join(weak[:5])}")
+    if came.passed is False:
+        notes.append(
+            "the compiled file was changed since it was made; --no-provenance judges it as it is now, by trials alone"
+        )
     notes += [*left_out, *more, *found.notes]
     return Setup(dense, compiled, found, read, samples, engine, tuple(checks), sites, outputs, tuple(notes))
 

@@ -6,7 +6,9 @@
 NAME.onnx and NAME.test.npz come from ``python -m mscompile.models train NAME``. Peers: onnxsim (simplified),
 onnxconverter-common (float16 inside), onnxruntime's dynamic quantisation (int8 weights and activations), Torch-Pruning (L2
 norm, a share of the channels of every layer; no compensation, no fine-tuning). None of them leaves a tau: it is inferred
-from the weights.
+from the weights. Then every pair is audited once more with a tau given by hand: what Torch-Pruning recorded that it cut, all
+channels in order for the others. ``given`` says of how many sites that is known (of channels cut in step, Torch-Pruning
+records one layer's), how many of these were inferred alike, and what the verdict is after how many trials.
 
 ``alike`` is the least share of a site's variance that the smaller model's units show without intervention; ``set`` and
 ``fold`` are parts of the logit MSE under the claimed law: what no affine fold of the units kept could avoid, and what this
@@ -16,9 +18,11 @@ one adds.
 from __future__ import annotations
 
 import importlib
+import json
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -31,28 +35,30 @@ from mscompile.audit.report import AuditReport
 from mscompile.audit.setup import AuditOptions
 from mscompile.errors import MscompileError
 
+Cut = dict[str, list[int]]
+"""Output channels taken out, by layer."""
 
-def peers(model: Path, folder: Path, ratios: tuple[float, ...]) -> Iterator[tuple[str, Path]]:
+
+def peers(model: Path, folder: Path, ratios: tuple[float, ...]) -> Iterator[tuple[str, Path, Cut]]:
     """What other tools make of a model."""
     onnxsim = importlib.import_module("onnxsim")
     simplified, equal = onnxsim.simplify(onnx.load(model))
     assert equal
     onnx.save(simplified, folder / "onnxsim.onnx")
-    yield "onnxsim", folder / "onnxsim.onnx"
+    yield "onnxsim", folder / "onnxsim.onnx", {}
     float16 = importlib.import_module("onnxconverter_common.float16")
     onnx.save(float16.convert_float_to_float16(onnx.load(model), keep_io_types=True), folder / "float16.onnx")
-    yield "float16", folder / "float16.onnx"
+    yield "float16", folder / "float16.onnx", {}
     quantization = importlib.import_module("onnxruntime.quantization")
     quantization.quantize_dynamic(model, folder / "int8.onnx", weight_type=quantization.QuantType.QInt8)
-    yield "dynamic int8", folder / "int8.onnx"
+    yield "dynamic int8", folder / "int8.onnx", {}
     for ratio in ratios:
         target = folder / f"pruned{ratio:g}.onnx"
-        prune(model, target, ratio)
-        yield f"Torch-Pruning, {1 - ratio:.0%} kept", target
+        yield f"Torch-Pruning, {1 - ratio:.0%} kept", target, prune(model, target, ratio)
 
 
-def prune(model: Path, target: Path, ratio: float) -> None:
-    """Torch-Pruning by L2 norm, on the network that the reference model was exported from."""
+def prune(model: Path, target: Path, ratio: float) -> Cut:
+    """Torch-Pruning by L2 norm, on the network that the reference model was exported from; what it recorded."""
     torch, tp = importlib.import_module("torch"), importlib.import_module("torch_pruning")
     from mscompile.models.architectures import ARCHITECTURES
     from mscompile.models.export import export
@@ -75,9 +81,36 @@ def prune(model: Path, target: Path, ratio: float) -> None:
     )
     pruner.step()
     export(net, x, target)
+    return {layer: list(channels) for layer, outputs, channels in pruner.pruning_history() if outputs}
 
 
-def row(name: str, report: AuditReport) -> list[object]:
+def recorded(report: AuditReport, model: Path, cut: Cut) -> list[dict[str, object]]:
+    """The tau that is known, as `--tau` takes it: of sites whose layer was cut as recorded, or not at all."""
+    makers = {name: node for node in onnx.load(model).graph.node for name in node.output}
+    sites: list[dict[str, object]] = []
+    for site in report.tau:
+        node = makers[site.dense]
+        while node.op_type not in ("Conv", "Gemm", "MatMul"):
+            node = makers[node.input[0]]
+        kept = sorted(set(range(site.size)) - set(cut.get(node.input[1].removesuffix(".weight"), ())))
+        if len(kept) == site.width:
+            entry = site.model_dump(include={"dense", "compiled", "dense_axis", "compiled_axis"})
+            sites.append({**entry, "dense_channels": kept, "compiled_channels": list(range(site.width))})
+    return sites
+
+
+def given(report: AuditReport, model: Path, path: Path, cut: Cut, options: AuditOptions) -> str:
+    """The audit with the recorded tau, in words."""
+    sites = recorded(report, model, cut)
+    tau = path.with_suffix(".tau.json")
+    tau.write_text(json.dumps({"sites": sites}))
+    (claim,) = audit(model, path, beside(model, "test"), replace(options, explain=False), tau=tau).claims
+    inferred = {site.dense: site.dense_channels for site in report.tau}
+    alike = sum(inferred[str(site["dense"])] == site["dense_channels"] for site in sites)
+    return f"{alike} of {len(sites)} alike; {claim.verdict}, {claim.trials}"
+
+
+def row(name: str, report: AuditReport, by_hand: str) -> list[object]:
     """One line of the table."""
     (claim,), blame = report.claims, report.explanation.blame if report.explanation else None
     parts = ["", ""] if blame is None or blame.floor is None else [f"{blame.set:.2g}", f"{blame.fold:.2g}"]
@@ -94,6 +127,7 @@ def row(name: str, report: AuditReport) -> list[object]:
         claim.trials,
         claim.verdict,
         *parts,
+        by_hand,
     ]
 
 
@@ -123,17 +157,18 @@ def main(models: tuple[Path, ...], fidelity: float, ratios: tuple[float, ...]) -
         f"IIA ≥ {fidelity:g}",
         "set",
         "fold",
+        "given",
     ]
     for model in models:
         rows: list[list[object]] = []
         with tempfile.TemporaryDirectory() as folder:
-            for name, path in peers(model, Path(folder), ratios):
+            for name, path, cut in peers(model, Path(folder), ratios):
                 try:
-                    rows.append(
-                        row(name, audit(model, path, beside(model, "test"), AuditOptions(fidelity=fidelity, table=0)))
-                    )
+                    options = AuditOptions(fidelity=fidelity, table=0)
+                    report = audit(model, path, beside(model, "test"), options)
+                    rows.append(row(name, report, given(report, model, path, cut, options)))
                 except MscompileError as error:
-                    rows.append([name, *[""] * 6, error.what, "", ""])
+                    rows.append([name, *[""] * 6, error.what, "", "", ""])
         print(f"\n{model.stem}:\n\n{table(head, rows)}")
 
 
