@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx_ir as ir
 
 from mscompile.calibration import calibrate
 from mscompile.data import Samples
@@ -25,6 +24,7 @@ from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Scm, Site
 from mscompile.scores import OBJECTIVES, predictable
+from mscompile.skeletons import skeleton_of
 from mscompile.statistics import Array, Scale, Statistics
 
 SAMPLES = 128
@@ -70,15 +70,15 @@ def with_scales(
         return statistics
     lean = replace(measure, covariance=False, shared=False, windows=False, second=False)
     again = calibrate(scm, sites, few, batch_size=batch_size, measure=lean, run=run)
-    proto, scales = ir.to_proto(scm.model), {}
-    dense = Session(proto)
+    skeleton, scales = skeleton_of(scm.model), {}
+    dense = Session(skeleton)
     for site in progress(sites, "measure a few units", len(sites)):
         best, mean = (score(scm, site, replace(again, scales={site.tensor: Scale(1.0, step)}), 0) for step in (1.0, 0.0))
         if not predictable(best.basis):
             continue
         units, rank = anchors.of(site), len(scm.shapes[site.tensor])
         constants = [best.constants, mean.constants]
-        found = unit_risks(proto, dense, site, rank, constants, units, best.basis, measure.outputs, few, batch_size)
+        found = unit_risks(skeleton, dense, site, rank, constants, units, best.basis, measure.outputs, few, batch_size)
         predicted = best.risk[units], mean.risk[units]
         gain, there = (float(at_mean.sum() - at_best.sum()) for at_best, at_mean in (predicted, found))
         step = 0.0 if gain > MATTERS * float(predicted[1].sum()) and there < TRUSTED * gain else 1.0

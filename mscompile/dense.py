@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +12,15 @@ import onnx_ir as ir
 
 from mscompile import data as data_module
 from mscompile.data import InputSpec, Samples, Source
-from mscompile.errors import MscompileError, ResourceError, UnsupportedError, UsageError
-from mscompile.files import external_files, from_proto, load_model, read_weights, weight_bytes
+from mscompile.errors import MscompileError, UnsupportedError, UsageError
 from mscompile.inspection import inspect_scm
+from mscompile.loading import external_files, load_model, read_model, read_proto
 from mscompile.operators.backward import FLOATS
 from mscompile.options import Options
 from mscompile.passes import CANONICALISE
 from mscompile.plan import selectable
 from mscompile.scm import Scm, Site, read_scm, size_of
 from mscompile.scores import OBJECTIVES
-from mscompile.wire import LARGEST
 
 Model = str | Path | onnx.ModelProto | ir.Model
 
@@ -121,9 +119,7 @@ def open_dense(model: Model, only: str | None = None, freeze: str | None = None)
     if path is not None:
         loaded, sha256 = load_model(path)
     else:
-        proto = ir.to_proto(into_memory(model.clone())) if isinstance(model, ir.Model) else model
-        loaded = from_proto(proto)  # type: ignore[arg-type]
-        sha256 = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()  # type: ignore[union-attr]
+        loaded, sha256 = read_model(model) if isinstance(model, ir.Model) else read_proto(model)  # type: ignore[arg-type]
     specs = tuple(_specs(loaded))
     external = tuple(external_files(loaded))
     try:
@@ -134,19 +130,6 @@ def open_dense(model: Model, only: str | None = None, freeze: str | None = None)
         raise
     scm = read_scm(loaded)
     return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs, external)
-
-
-def into_memory(model: ir.Model) -> ir.Model:
-    """Read the weights that lie in external files: models are run from memory."""
-    size = weight_bytes(model)
-    if size > LARGEST:
-        raise ResourceError(
-            "the model is too large",
-            where=model.graph.name or "model",
-            why=f"its weights take {size / 2**30:.1f} GiB; models are run from memory, where protobuf ends at 2 GiB",
-            hint="compile a smaller model, or its parts one by one",
-        )
-    return read_weights(model)
 
 
 def check_outputs(source: DenseModel) -> None:

@@ -1,169 +1,31 @@
-"""Model files: loading with clear refusals, digests, and an atomic writer."""
+"""Files written: whole or not at all, and never over what is there by accident."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from io import BufferedReader
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mscompile.errors import MscompileError, ResourceError, UnsupportedError, UsageError, VerificationError
-from mscompile.topology import check_expansion, name_nodes, sort_nodes
-from mscompile.vetting import (
-    Stored,
-    check_operators,
-    check_tensors,
-    check_versions,
-    identity,
-    rejected,
-    without_weights,
-)
-from mscompile.wire import parse, read_bytes
+from mscompile.errors import MscompileError, ResourceError, UsageError, VerificationError
+from mscompile.loading import load_model
+from mscompile.payloads import Bytes, joined, split
+from mscompile.skeletons import apart
+from mscompile.wire import opened
 
 LISTED = 4
 """IR version before which every initializer had to be listed as an input as well, and none could be overridden."""
 INLINE_LIMIT = 1 << 30
 """Bytes of weights above which they go to an external file (protobuf ends at 2 GiB)."""
-NOTES = "mscompile.notes"
-"""Key of an `ir.Model.meta` entry: sentences on what was changed in reading the file, or will be lost."""
-STORED = "mscompile.stored"
-"""Key of an `ir.Model.meta` entry: the external files, see `vetting.Stored`."""
-
-
-def load_model(path: str | Path) -> tuple[ir.Model, str]:
-    """Load an ONNX file.
-
-    Returns
-    -------
-    tuple
-        The model, external weights not read yet, and the sha256 of the file followed by that of its external files.
-
-    Raises
-    ------
-    UsageError
-        There is no such file.
-    ModelError
-        It is not a valid ONNX model.
-    UnsupportedError
-        Its opset is too old or unknown to the installed onnx.
-    """
-    path = Path(path)
-    content = read_bytes(path)
-    model = from_proto(parse(content, path), path)
-    return model, digest(content, model)
-
-
-def from_proto(proto: onnx.ModelProto, path: Path | None = None) -> ir.Model:
-    """Read a ModelProto, vetted and then accepted by onnx's own checker; nodes are sorted and named where they are not.
-
-    The checker is given the model without its weights, and without names of files.
-    """
-    where = path if path is not None else Path(proto.graph.name[:80] or "model")
-    check_versions(proto, where)
-    if not proto.graph.output:
-        raise rejected(where, "its graph has no outputs", "export it again")
-    check_expansion(proto, where)
-    stored = check_tensors(proto, path, where)
-    check_operators(proto, where)
-    if proto.graph.sparse_initializer:
-        raise UnsupportedError(
-            "the model has sparse weights",
-            where=str(where),
-            why=f"{len(proto.graph.sparse_initializer)} initializers are stored as sparse tensors",
-            hint="export it with dense weights",
-        )
-    skeleton = without_weights(proto)
-    unsorted = sort_nodes(skeleton, where)
-    try:
-        onnx.checker.check_model(skeleton)
-        model = ir.from_proto(proto)
-        if unsorted:
-            common.TopologicalSortPass()(model)
-    except Exception as error:
-        reason = " ".join(str(_cause(error)).split())[:400]
-        if "No Op registered" in reason or "No opset import" in reason:
-            raise UnsupportedError(
-                "the model uses an operator unknown to onnx", where=str(where), why=reason, hint="export without it"
-            ) from error
-        raise rejected(where, reason, "export it again, or repair what the checker names") from error
-    notes = ["nodes were sorted: the file has some before what they read"] if unsorted else []
-    notes += name_nodes(model)
-    for kind, found in (
-        ("training information", proto.training_info),
-        ("quantization annotations", proto.graph.quantization_annotation),
-    ):
-        if found:
-            notes.append(f"{kind} in the model will not be in the compiled one")
-    model.meta[NOTES], model.meta[STORED] = notes, stored
-    if stored.folder is not None:
-        ir.external_data.set_base_dir(model.graph, str(stored.folder))
-        for function in model.functions.values():
-            ir.external_data.set_base_dir(function.graph, str(stored.folder))
-    return model
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The innermost reason of an error: libraries wrap it in the whole graph."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def read_weights(model: ir.Model) -> ir.Model:
-    """Read the weights that lie in external files into memory, in place.
-
-    Raises
-    ------
-    ModelError
-        One of the files is no longer what it was when the model was loaded.
-    """
-    files = model.meta.get(STORED, Stored(None)).files
-    _check_files(files)
-    ir.external_data.load_to_model(model)
-    _check_files(files)
-    return model
-
-
-def _check_files(files: Mapping[Path, tuple[int, ...]]) -> None:
-    for path, known in files.items():
-        with _opened(path, known):
-            pass
-
-
-@contextlib.contextmanager
-def _opened(path: Path, known: tuple[int, ...]) -> Iterator[BufferedReader]:
-    """An external file, which must be the one that was vetted, and still be when it is closed."""
-    changed = rejected(path, "the file changed while it was read", "run again when nothing writes to it")
-    try:
-        with path.open("rb") as file:
-            if identity(os.fstat(file.fileno())) != known:
-                raise changed
-            yield file
-            if identity(os.fstat(file.fileno())) != known:
-                raise changed
-    except OSError as error:
-        raise changed from error
-
-
-def external_files(model: ir.Model) -> list[Path]:
-    """Files beside the model's own that its tensors lie in, sorted."""
-    return sorted(model.meta.get(STORED, Stored(None)).files)
-
-
-def digest(content: bytes, model: ir.Model) -> str:
-    """Sha256 over the file's bytes and, in order of their names, its external files."""
-    total = hashlib.sha256(content)
-    for path, known in sorted(model.meta[STORED].files.items()):
-        with _opened(path, known) as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+PAGE, WORD = 4096, 64
+"""Where tensors begin in a data file: on a page, so that they can be mapped one by one, or where they are smaller."""
 
 
 def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -240,6 +102,7 @@ def staged(target: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
                 written.chmod(0o666 & ~_umask())
                 written.replace(target.parent / written.name)
+                _flush(target.parent)
     except OSError as error:
         raise ResourceError(
             "the output cannot be written",
@@ -247,6 +110,15 @@ def staged(target: Path) -> Iterator[Path]:
             why=error.strerror or str(error),
             hint="check free space and permissions, or name another output with -o",
         ) from error
+
+
+def _flush(folder: Path) -> None:
+    """Have the names in a folder written to disk before anything that comes after."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -265,24 +137,31 @@ def is_large(model: ir.Model) -> bool:
     return weight_bytes(model) > INLINE_LIMIT
 
 
-def data_file(target: Path) -> Path:
-    """Where the weights of a model go that are not written inline."""
-    return target.with_name(f"{target.name}.data")
+def file_bytes(model: ir.Model) -> int:
+    """Size of a model's file with all weights in it."""
+    skeleton, payloads = apart(model)
+    return sum(len(part) for part in joined(skeleton.SerializeToString(deterministic=True), payloads))
 
 
 def save_model(model: ir.Model, target: Path, *, external: bool = False) -> tuple[str, int]:
     """Write a model atomically after onnx.checker has accepted the written file; returns its digest and its bytes.
 
-    Weights go to ``TARGET.data`` where `external` is set or the model holds more than `INLINE_LIMIT` bytes of them; the
-    bytes of that file are counted, too.
+    Weights are not copied on the way. They go to a file beside it, named after its content, where `external` is set or the
+    model holds more than `INLINE_LIMIT` bytes of them; its bytes are counted, too. That file is there before the model
+    that names it takes the target's place, and the one that an older model named goes after that: whatever happens
+    between, there is the old model or the new one, with its weights.
     """
     if (model.ir_version or LISTED) < LISTED:
         model = common.AddInitializersToInputsPass()(model.clone()).model
+    old = _own_data(target)
     with staged(target) as draft:
-        if external or is_large(model):
-            ir.save(model.clone(), draft, external_data=data_file(target).name)
-        else:
-            draft.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        skeleton, payloads = apart(model)
+        if payloads and (external or is_large(model)):
+            _write_data(skeleton, payloads, draft)
+            payloads = {}
+        with draft.open("wb") as file:
+            for part in joined(skeleton.SerializeToString(deterministic=True), payloads):
+                file.write(part)
         try:
             sha256 = load_model(draft)[1]
         except MscompileError as error:
@@ -292,4 +171,38 @@ def save_model(model: ir.Model, target: Path, *, external: bool = False) -> tupl
                 why=error.why,
                 hint="please report this as a bug; nothing was written",
             ) from error
-        return sha256, sum(file.stat().st_size for file in draft.parent.iterdir())
+        new, size = _own_data(draft), sum(file.stat().st_size for file in draft.parent.iterdir())
+    for name in old - new:
+        target.with_name(name).unlink(missing_ok=True)
+    return sha256, size
+
+
+def _write_data(skeleton: onnx.ModelProto, payloads: Mapping[int, Bytes], draft: Path) -> None:
+    """Write tensors one behind the other into a file beside the draft, and say in the skeleton where they lie."""
+    written = draft.with_name(f"{draft.name}.data")
+    content, end = hashlib.sha256(), 0
+    with written.open("wb") as file:
+        for number, data in sorted(payloads.items()):
+            gap = bytes(-end % (PAGE if len(data) >= PAGE else WORD))
+            for part in (gap, data.data):
+                file.write(part)
+                content.update(part)
+            entries = {"offset": end + len(gap), "length": len(data)}
+            tensor = skeleton.graph.initializer[number]
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in entries.items())
+            end += len(gap) + len(data)
+    named = written.rename(draft.with_name(f"{draft.name}.{content.hexdigest()[:16]}.data"))
+    for number in payloads:
+        skeleton.graph.initializer[number].external_data.add(key="location", value=named.name)
+
+
+def _own_data(target: Path) -> set[str]:
+    """Names of the data files of a model file that were written by `save_model`."""
+    try:
+        with opened(target) as content:
+            graph, _ = split(content)
+    except MscompileError:  # whatever it is, it is not ours
+        return set()
+    pattern = re.escape(os.fsencode(target.name)) + rb"\.[0-9a-f]{16}\.data"
+    return set(map(os.fsdecode, re.findall(pattern, graph)))

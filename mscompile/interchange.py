@@ -22,6 +22,7 @@ from mscompile.interventions import Feed, Intervened, Setting
 from mscompile.metrics import Metric, default_metric
 from mscompile.operators import IntArray
 from mscompile.runtime import Arrays
+from mscompile.skeletons import Skeleton
 from mscompile.surgery import Patch
 
 Law = Literal["one-site", "all-sites"]
@@ -55,8 +56,8 @@ class Correspondence:
 class Pair:
     """A dense model, its compiled model and tau: how their sites correspond."""
 
-    dense: onnx.ModelProto
-    compiled: onnx.ModelProto
+    dense: Skeleton
+    compiled: Skeleton
     sites: tuple[Correspondence, ...]
 
 
@@ -151,15 +152,15 @@ class Engine:
         self.batch = next(samples.batches(min(batch_size, len(samples))))
         values = self.dense.read(self.batch)
         if outputs is None:
-            output = compared_output(pair.dense)
-            outputs = {output: output if output in self.compiled.outputs else compared_output(pair.compiled)}
+            output = compared_output(pair.dense.proto)
+            outputs = {output: output if output in self.compiled.outputs else compared_output(pair.compiled.proto)}
         self.answers = dict(outputs)
         self.output = next(iter(self.answers))
         self.metric = metric if metric is not None else default_metric(values[self.output])
         check_patches("dense", self.dense, self.batch, list(self.answers))
         check_patches("compiled", self.compiled, self.batch, list(self.answers.values()))
         sites = [site.dense.tensor for site in pair.sites]
-        cut = [output for output in self.answers if cuts_all_paths(pair.dense, sites, output)]
+        cut = [output for output in self.answers if cuts_all_paths(pair.dense.proto, sites, output)]
         self.full_source_checked = len(cut) == len(self.answers)
         if cut:
             check_full_source(self.dense, self.batch, cut)
@@ -251,7 +252,7 @@ class Engine:
 
     @property
     def _fixed(self) -> bool:
-        shape = self.pair.dense.graph.input[0].type.tensor_type.shape.dim
+        shape = self.pair.dense.proto.graph.input[0].type.tensor_type.shape.dim
         return bool(len(shape)) and shape[0].HasField("dim_value")
 
     def plain(self, samples: Samples) -> tuple[Arrays, Arrays]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import onnx
 
 from mscompile.runtime import Arrays, Session
-from mscompile.surgery import MASK, SOURCE, Patch, patched, probe, weightless
+from mscompile.skeletons import Skeleton, weightless
+from mscompile.surgery import MASK, SOURCE, Patch, patched, probe
 
 Feed = Mapping[str, npt.NDArray[Any]]
 Setting = tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]
@@ -44,21 +45,22 @@ class Intervened:
         Binary digits of the narrowest 16-bit floats in the model; None where there are none.
     """
 
-    def __init__(self, model: onnx.ModelProto, patches: Sequence[Patch], *, optimise: bool = False) -> None:
+    def __init__(self, model: onnx.ModelProto | Skeleton, patches: Sequence[Patch], *, optimise: bool = False) -> None:
         self.patches = tuple(patches)
-        skeleton, weights = weightless(model)
-        kinds = {tensor.data_type for tensor in model.graph.initializer} | {
-            value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)
+        skeleton = weightless(model)
+        graph = skeleton.proto.graph
+        kinds = {tensor.data_type for tensor in graph.initializer} | {
+            value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)
         }
         narrow = {onnx.TensorProto.BFLOAT16: 7, onnx.TensorProto.FLOAT16: 10}
         self.digits = next((digits for kind, digits in narrow.items() if kind in kinds), None)
         tensors = [patch.tensor for patch in patches]
-        self.outputs = [output.name for output in model.graph.output]
-        self._plain = Session(probe(skeleton, tensors), optimise=optimise, spin=False, weights=weights)
-        graph = patched(skeleton, patches)
-        self._patched = Session(graph, optimise=optimise, spin=False, weights=weights)
+        self.outputs = [output.name for output in graph.output]
+        self._plain = Session(probe(skeleton, tensors), optimise=optimise, spin=False)
+        surgery = patched(skeleton, patches)
+        self._patched = Session(surgery, optimise=optimise, spin=False)
         self._dtypes = {
-            i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in graph.graph.input
+            i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in surgery.proto.graph.input
         }
 
     def read(self, inputs: Feed, names: Sequence[str] | None = None) -> Arrays:

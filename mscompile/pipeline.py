@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from mscompile.clock import Clock
 from mscompile.data import Source
-from mscompile.dense import Model, check_outputs, find_data, into_memory, nothing_to_cut, open_dense
+from mscompile.dense import Model, check_outputs, find_data, nothing_to_cut, open_dense
 from mscompile.errors import GoalError, UsageError
-from mscompile.files import NOTES, data_file, is_large, output_conflict, save_model, staged
+from mscompile.files import file_bytes, is_large, output_conflict, save_model, staged
 from mscompile.inspection import Inspection, inspect_scm
+from mscompile.loading import NOTES, check_unchanged
 from mscompile.options import Options
 from mscompile.plan import Plan
 from mscompile.report import Report
@@ -117,9 +118,6 @@ def _compile(
     with clock.time("load"):
         source = open_dense(model, options.only, options.freeze)
         external = bool(source.external) or is_large(source.model)
-        if target is not None and external:
-            output_conflict([data_file(target)], force=force, inputs=source.external)
-        into_memory(source.model)
     check_outputs(source)
     samples = find_data(source, data, options)
     source = source.given(samples)
@@ -152,6 +150,7 @@ def _compile(
         samples.check_unchanged()
     compiled = stamp(result.compiled, result.plan, source.sha256)
     _document(compiled, source.model)
+    check_unchanged(source.model)
     with clock.time("save"):
         sha256, size = _write_model(compiled, target, external=external)
     warnings += run.work.notes
@@ -183,5 +182,5 @@ def _document(compiled: ir.Model, dense: ir.Model) -> None:
 def _write_model(model: ir.Model, target: Path | None, *, external: bool) -> tuple[str | None, int]:
     """Digest and size of the compiled file; None and the size it would have where nothing is written."""
     if target is None:
-        return None, ir.to_proto(model).ByteSize()
+        return None, file_bytes(model)
     return save_model(model, target, external=external)

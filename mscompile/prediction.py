@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import scipy.stats
 
@@ -17,6 +16,7 @@ from mscompile.plan import Plan
 from mscompile.runtime import Arrays, Progress, Session, no_progress
 from mscompile.scm import Site
 from mscompile.scores import Scores, measured_risk, predictable
+from mscompile.skeletons import Skeleton, skeleton_of
 from mscompile.statistics import Array, Statistics
 from mscompile.surgery import Patch, feed, float_type, patched, replaced
 from mscompile.verify import replacement_of
@@ -54,12 +54,12 @@ def site_risks(
     planned = [site for site in plan.sites if predictable(site.basis)]
     if not planned:
         return {}
-    proto = ir.to_proto(model)
-    dense = Session(proto).run_all(samples.batches(batch_size), list(outputs))
+    skeleton = skeleton_of(model)
+    dense = Session(skeleton).run_all(samples.batches(batch_size), list(outputs))
     risks = {}
     for site in planned:
         do = replacement_of(site, Patch(site.tensor, ranks[site.tensor], site.axis))
-        found = Session(replaced(proto, [do])).run_all(samples.batches(batch_size), list(outputs))
+        found = Session(replaced(skeleton, [do])).run_all(samples.batches(batch_size), list(outputs))
         risks[site.tensor] = measured_risk(site.basis, dense, found, outputs) / len(samples)
     return risks
 
@@ -137,14 +137,14 @@ def check_units(
     exclude
         Units by site that are not drawn: those that the predictions were scaled on.
     """
-    proto, rng = ir.to_proto(model), np.random.default_rng(seed)
-    dense, checks, exclude = Session(proto), [], exclude or {}
+    skeleton, rng = skeleton_of(model), np.random.default_rng(seed)
+    dense, checks, exclude = Session(skeleton), [], exclude or {}
     for site in progress(sites, "check predictions", len(sites)):
         free = np.setdiff1d(np.arange(site.size), exclude.get(site.tensor, []))
         units = free if count is None or count >= len(free) else np.sort(rng.choice(free, count, replace=False))
         basis, constants = scores.basis[site.tensor], [scores.constants[site.tensor]]
         rank = ranks[site.tensor]
-        (measured,) = unit_risks(proto, dense, site, rank, constants, units, basis, outputs, samples, batch_size)
+        (measured,) = unit_risks(skeleton, dense, site, rank, constants, units, basis, outputs, samples, batch_size)
         predicted, variance = scores.risk[site.tensor][units], statistics.moments[site.tensor].variance[units]
         rows = zip(units.tolist(), predicted.tolist(), measured.tolist(), variance.tolist(), strict=True)
         checks.append(SiteCheck(site.tensor, basis, tuple(UnitCheck(*row) for row in rows)))
@@ -152,7 +152,7 @@ def check_units(
 
 
 def unit_risks(
-    proto: onnx.ModelProto,
+    model: Skeleton,
     dense: Session,
     site: Site,
     rank: int,
@@ -165,9 +165,9 @@ def unit_risks(
 ) -> Array:
     """[rules, units]: measured risk of replacing each unit alone by its constant under each rule, one run each."""
     patch = Patch(site.tensor, rank, site.axis)
-    intervened = Session(patched(proto, [patch]))
+    intervened = Session(patched(model, [patch]))
     shape = [site.size if axis == site.axis else 1 for axis in range(rank)]
-    values = [rule.reshape(shape).astype(float_type(proto)) for rule in constants]
+    values = [rule.reshape(shape).astype(float_type(model)) for rule in constants]
     risks = np.zeros((len(constants), len(units)))
     for batch in samples.batches(batch_size):  # every unit on a batch before the next one: its outputs alone are held
         expected = dense.run(batch, list(outputs))

@@ -24,6 +24,7 @@ from mscompile.runs.work import FORGET, Stage, digest
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.scm import Reader
 from mscompile.scores import SQUARED_OUTPUTS, measured_risk, predictable
+from mscompile.skeletons import skeleton_of
 from mscompile.statistics import Statistics
 from mscompile.surgery import probe
 from mscompile.windows import FEATURES, view_of
@@ -91,7 +92,7 @@ def recalibrate(
     weights = dict(outputs) or {source.output: 1.0}
     wanted = Session(source.model).run_all(held.batches(batch_size), names)
     inputs = {_input(reader) for entry in plan.sites for reader in source.scm.site(entry.tensor).readers}
-    dense = Session(probe(ir.to_proto(source.model), sorted(inputs)))
+    dense = Session(probe(skeleton_of(source.model), sorted(inputs)))
 
     def risk(sites: Sequence[SitePlan]) -> float:
         compiled = rewrite(source.model, plan.model_copy(update={"sites": tuple(sites)})).model
@@ -181,7 +182,7 @@ def _refits(
     if not targets:
         return []
     names = list(dict.fromkeys(_input(target.reader) for target in targets))
-    compiled = Session(probe(ir.to_proto(partial), names))
+    compiled = Session(probe(skeleton_of(partial), names))
     halves = [(Sums(target, plan.swap), Sums(target, plan.swap)) for target in targets]
     rng = np.random.default_rng(seed)
     for number, batch in enumerate(samples.batches(batch_size)):

@@ -20,6 +20,7 @@ from mscompile.certificate import risk_bound
 from mscompile.clock import Clock
 from mscompile.data import Samples
 from mscompile.dense import DenseModel, generated_inputs
+from mscompile.files import file_bytes
 from mscompile.frontier import Tried
 from mscompile.inspection import Inspection, inspect_scm, readers_of
 from mscompile.options import Options
@@ -77,7 +78,7 @@ def build_report(
                 warnings = [*warnings, SLOWER]
             difference = _deployment_difference(compiled, first)
     files = (source.path, *source.external) if source.path is not None else ()
-    dense_bytes = sum(file.stat().st_size for file in files) if files else ir.to_proto(source.model).ByteSize()
+    dense_bytes = sum(file.stat().st_size for file in files) if files else file_bytes(source.model)
     dense_params, compiled_params = count_parameters(source.model), count_parameters(compiled)
     sizes = SizeReport(
         dense=Sizes(params=dense_params, macs=macs[0], bytes=dense_bytes, latency_ms=latency[0]),

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mscompile.errors import MscompileError, ResourceError, UnsupportedError
+from mscompile.skeletons import Skeleton, skeleton_of
 from mscompile.vetting import all_nodes
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -31,13 +32,17 @@ RUN_SECONDS = 600.0
 """Time that one batch may take in a model with loops, which may never end."""
 
 
+LARGE = 1 << 30
+"""Bytes of weights from which onnxruntime keeps no copies of its own, laid out anew or transposed, for speed."""
+
+
 class Session:
     """A model loaded into onnxruntime.
 
     Parameters
     ----------
     model
-        Graph to run; weights in external files are read by onnxruntime from there.
+        Graph to run. Its weights are not copied on the way; those that are mapped from files onnxruntime maps from there.
     optimise
         Whether onnxruntime may rewrite the graph. Off wherever two graphs are compared for equality: its rewrites change
         rounding, and now and then more than that.
@@ -46,8 +51,6 @@ class Session:
     spin
         Whether idle threads wait busily, as onnxruntime does by default: quick on an idle machine, on a busy one a waste of
         what others, and other sessions, could use.
-    weights
-        Initializers that the graph names as external and does not hold, see `surgery.weightless`; they are not copied.
 
     Raises
     ------
@@ -57,12 +60,11 @@ class Session:
 
     def __init__(
         self,
-        model: ir.Model | onnx.ModelProto,
+        model: ir.Model | onnx.ModelProto | Skeleton,
         *,
         optimise: bool = True,
         threads: int | None = None,
         spin: bool = True,
-        weights: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -72,22 +74,27 @@ class Session:
             options.intra_op_num_threads = threads
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if isinstance(model, ir.Model):
-            folder = _external_folder(model)
-            if folder is not None:
-                options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-            model = ir.to_proto(model)
-        arrays = {name: np.ascontiguousarray(array) for name, array in (weights or {}).items()}
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        if self._weights:
-            options.add_external_initializers(list(self._weights), list(self._weights.values()))
+        skeleton = skeleton_of(model) if isinstance(model, ir.Model) else model
+        skeleton = Skeleton(skeleton) if isinstance(skeleton, onnx.ModelProto) else skeleton
+        self._skeleton = skeleton  # holds the files that weights are mapped from, and the arrays given here
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/")
+        given = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in skeleton.shared.items()}
+        if given:
+            options.add_external_initializers(list(given), list(given.values()))
+        disabled = None
+        if skeleton.weight_bytes > LARGE:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            disabled = ["ConstantFolding"]
         try:
             self._session = ort.InferenceSession(
-                model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+                skeleton.proto.SerializeToString(),
+                sess_options=options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=disabled,
             )
         except Exception as error:
             raise runtime_error("onnxruntime cannot load the model", error) from error
-        self._loops = any(node.op_type == "Loop" for node in all_nodes(model.graph.node))
+        self._loops = any(node.op_type == "Loop" for node in all_nodes(skeleton.proto.graph.node))
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
 
     def run(self, feed: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None) -> Arrays:
@@ -127,13 +134,6 @@ class Session:
         """Run many batches and join each output along axis 0."""
         parts = [self.run(batch, outputs) for batch in batches]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _external_folder(model: ir.Model) -> str | None:
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            return str(value.const_value.base_dir)
-    return None
 
 
 def runtime_error(what: str, error: Exception) -> MscompileError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -22,6 +22,7 @@ from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Tick
 from mscompile.runtime import Arrays, Session
 from mscompile.seeds import SeedFeeds
+from mscompile.skeletons import Skeleton, skeleton_of
 from mscompile.statistics import Array, Window
 from mscompile.tally import Start, before, ones_of
 from mscompile.windows import offset_of
@@ -69,19 +70,16 @@ class Summation:
         The graph; its outputs are its inputs of the names `tally.before` plus the sums over a batch.
     starts
         By output, where the sums begin.
-    weights
-        Of a graph that has travelled: they came beside it.
     """
 
     kind: ClassVar[str] = "summation"
-    model: ir.Model | onnx.ModelProto
+    model: ir.Model | Skeleton
     starts: Mapping[str, Start]
     feeds: Feeds
-    weights: Mapping[str, Any] | None = None
 
     def open(self, threads: int | None = None) -> Callable[[Parcel, Tick], Parcel]:
         """Load the graph; gives what sums up a shard."""
-        session = Session(self.model, threads=threads, weights=self.weights)
+        session = Session(self.model, threads=threads)
 
         def work(shard: Parcel, tick: Tick) -> Parcel:
             return Parcel({}, self._sum(session, shard, tick))
@@ -121,13 +119,11 @@ class Summation:
 
     def pack(self) -> Parcel:
         """All of it, to travel."""
-        from mscompile.surgery import weightless
-
-        graph, weights = weightless(ir.to_proto(self.model) if isinstance(self.model, ir.Model) else self.model)
+        skeleton = (skeleton_of(self.model) if isinstance(self.model, ir.Model) else self.model).portable()
         starts = {name: asdict(start) for name, start in self.starts.items()}
         feeds = TypeAdapter(Feeds).dump_python(self.feeds, mode="json")
-        content = np.frombuffer(graph.SerializeToString(), dtype=np.uint8)
-        arrays = {"graph": content, **{f"weight:{name}": array for name, array in weights.items()}}
+        content = np.frombuffer(skeleton.proto.SerializeToString(), dtype=np.uint8)
+        arrays = {"graph": content, **{f"weight:{name}": array for name, array in skeleton.weights.items()}}
         return Parcel({"kind": self.kind, "starts": starts, "feeds": feeds}, arrays)
 
     @classmethod
@@ -137,7 +133,7 @@ class Summation:
         weights = {name.removeprefix("weight:"): a for name, a in parcel.arrays.items() if name.startswith("weight:")}
         starts = TypeAdapter(dict[str, Start]).validate_python(parcel.header["starts"])
         feeds = TypeAdapter(Feeds).validate_python(parcel.header["feeds"])
-        return cls(graph, starts, feeds, weights)
+        return cls(Skeleton(graph, weights), starts, feeds)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from mscompile.skeletons import HEAVY, Skeleton, Weights, stub
 
 MASK = "mscompile.mask:"
 SOURCE = "mscompile.source:"
@@ -39,65 +42,22 @@ class Patch:
         return swapped.reshape(shape)
 
 
-HEAVY = 1 << 10
-"""Bytes from which a weight is left out of a throw-away graph."""
-_SHARED = {
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.DOUBLE,
-    onnx.TensorProto.INT8,
-    onnx.TensorProto.UINT8,
-}
-
-
-def weightless(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[np.generic]]]:
-    """Copy of a model without its heavy weights, and these, so that many sessions share one copy of them."""
-    skeleton = onnx.ModelProto()
-    skeleton.CopyFrom(model)
-    weights: dict[str, npt.NDArray[np.generic]] = {}
-    for tensor in skeleton.graph.initializer:
-        if tensor.data_type in _SHARED and tensor.ByteSize() >= HEAVY:
-            weights[tensor.name] = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
-            tensor.CopyFrom(_stub(tensor.name, tensor.data_type, tensor.dims))
-    return skeleton, weights
-
-
-def with_weights(model: onnx.ModelProto, given: Mapping[str, npt.NDArray[np.generic]]) -> onnx.ModelProto:
-    """Copy of a model in which inputs named in `given` are weights of those shapes and types, to be given with a session."""
-    found = onnx.ModelProto()
-    found.CopyFrom(model)
-    left = [value for value in found.graph.input if value.name not in given]
-    del found.graph.input[:]
-    found.graph.input.extend(left)
-    for name, array in given.items():
-        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        found.graph.initializer.append(_stub(name, kind, array.shape))
-    return found
-
-
-def _stub(name: str, kind: int, dims: Iterable[int]) -> onnx.TensorProto:
-    stub = onnx.TensorProto(name=name, data_type=kind, dims=dims)
-    stub.data_location = onnx.TensorProto.EXTERNAL
-    stub.external_data.append(onnx.StringStringEntryProto(key="location", value="shared"))
-    return stub
-
-
-def probe(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+def probe(model: Skeleton, tensors: Iterable[str]) -> Skeleton:
     """Copy of a model that also returns the named tensors."""
-    graph = gs.import_onnx(model)
+    graph = gs.import_onnx(model.proto)
     tensors_by_name = graph.tensors()
     present = {output.name for output in graph.outputs}
     graph.outputs += [_typed(tensors_by_name[name], model) for name in tensors if name not in present]
-    return _export(graph)
+    return _export(graph, model)
 
 
-def patched(model: onnx.ModelProto, patches: Iterable[Patch]) -> onnx.ModelProto:
+def patched(model: Skeleton, patches: Iterable[Patch]) -> Skeleton:
     """Copy of a model in which each patched tensor becomes ``Where(mask, source, tensor)``.
 
     New inputs per patch: ``MASK + tensor``, bool, [samples, …, channels, …] with ones elsewhere; ``SOURCE + tensor``, like
     the tensor. Everything downstream is recomputed.
     """
-    graph = gs.import_onnx(model)
+    graph = gs.import_onnx(model.proto)
     tensors = graph.tensors()
     for patch in patches:
         tensor = _typed(tensors[patch.tensor], model)
@@ -106,7 +66,7 @@ def patched(model: onnx.ModelProto, patches: Iterable[Patch]) -> onnx.ModelProto
         graph.inputs += [mask, source]
         _divert(graph, tensor, lambda inner, mask=mask, source=source: ("Where", [mask, source, inner], {}))
     graph.toposort()
-    return _export(graph)
+    return _export(graph, model)
 
 
 @dataclass(frozen=True)
@@ -138,10 +98,11 @@ class Do:
     readers: tuple[Reweighted, ...] = ()
 
 
-def replaced(model: onnx.ModelProto, interventions: Iterable[Do]) -> onnx.ModelProto:
+def replaced(model: Skeleton, interventions: Iterable[Do]) -> Skeleton:
     """Copy of a model under mechanism replacement, nothing folded: every use of a tensor sees the replaced channels."""
-    graph = gs.import_onnx(model)
+    graph = gs.import_onnx(model.proto)
     tensors = graph.tensors()
+    new: dict[str, npt.NDArray[np.generic]] = {}
     for do in interventions:
         tensor, patch = _typed(tensors[do.patch.tensor], model), do.patch
         last = [a for a in range(patch.rank) if a != patch.axis] + [patch.axis]
@@ -159,7 +120,7 @@ def replaced(model: onnx.ModelProto, interventions: Iterable[Do]) -> onnx.ModelP
             return out
 
         def constant(name: str, array: npt.NDArray[np.generic], prefix: str = prefix) -> gs.Constant:
-            return gs.Constant(prefix + name, np.ascontiguousarray(array))
+            return _constant(prefix + name, array, new)
 
         final = gs.Variable(prefix + "value", dtype=dtype)
         consumers = list(tensor.outputs)
@@ -174,12 +135,25 @@ def replaced(model: onnx.ModelProto, interventions: Iterable[Do]) -> onnx.ModelP
         )
         _redirect(tensor, final, consumers)
         for reader in do.readers:
-            _reweight(graph, tensor, do, reader)
+            _reweight(graph, tensor, do, reader, new)
     graph.toposort()
-    return _export(graph)
+    return _export(graph, model, new)
 
 
-def _reweight(graph: gs.Graph, tensor: gs.Tensor, do: Do, new: Reweighted) -> None:
+def _constant(name: str, array: npt.NDArray[np.generic], weights: dict[str, npt.NDArray[np.generic]]) -> gs.Constant:
+    """A constant, of which the graph does not hold a heavy one's data: it is put among the weights."""
+    array = np.ascontiguousarray(array)
+    if array.nbytes < HEAVY or array.dtype.kind != "f":
+        return gs.Constant(name, array)
+    weights[name] = array
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = stub(name, kind, array.shape, array)
+    return gs.Constant(name, LazyValues(tensor))
+
+
+def _reweight(
+    graph: gs.Graph, tensor: gs.Tensor, do: Do, new: Reweighted, weights: dict[str, npt.NDArray[np.generic]]
+) -> None:
     """Give one reader its new weights: over retained channels and ones (a convolution) or over all features (a product)."""
     node = next(n for n in graph.nodes if any(o.name == new.reader for o in n.outputs))
     prefix, dtype = f"mscompile.reader:{new.reader}:", tensor.dtype
@@ -205,12 +179,11 @@ def _reweight(graph: gs.Graph, tensor: gs.Tensor, do: Do, new: Reweighted) -> No
         weight = np.concatenate([new.columns, marks]).transpose(2, 0, 1).reshape(outputs, retained + 1, *kernel)
         node.inputs[0] = stacked
     else:
-        dense = node.inputs[1].values
         across = 1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0
-        weight = np.zeros_like(np.moveaxis(dense, across, 0))
+        weight = np.zeros((node.inputs[1].shape[across], outputs), dtype)
         weight[new.places.ravel()] = new.columns.reshape(retained * taps, outputs)
         weight = np.moveaxis(weight, 0, across)
-    node.inputs[1] = gs.Constant(prefix + "weight", np.ascontiguousarray(weight.astype(dtype)))
+    node.inputs[1] = _constant(prefix + "weight", weight.astype(dtype, copy=False), weights)
     if len(new.response) == 1 and (new.places is not None or taps > 1):
         gain = float(node.attrs.get("alpha", 1.0)) if node.op == "Gemm" else 1.0
         trailing = (1,) * (do.patch.rank - 2 if new.places is None else 0)
@@ -221,7 +194,7 @@ def _reweight(graph: gs.Graph, tensor: gs.Tensor, do: Do, new: Reweighted) -> No
         graph.nodes.append(gs.Node("Add", name=prefix + "shifted", inputs=[plain, shift], outputs=[output]))
 
 
-def tunable(model: onnx.ModelProto, readers: Iterable[str], sites: Iterable[Patch] = ()) -> onnx.ModelProto:
+def tunable(model: Skeleton, readers: Iterable[str], sites: Iterable[Patch] = ()) -> Skeleton:
     """Copy of a model in which the readers of the named outputs take their weights as inputs, so that many can be tried.
 
     New inputs per site: ``MATRIX + tensor``, [channels, channels], and ``SHIFT + tensor``, [channels]: every use of the
@@ -229,23 +202,23 @@ def tunable(model: onnx.ModelProto, readers: Iterable[str], sites: Iterable[Patc
     ``SHIFT + output``, added to what it gives: of a product [outputs], of a convolution [outputs, 1, …], through which it
     sees a channel that is one inside the map.
     """
-    graph = gs.import_onnx(model)
+    graph = gs.import_onnx(model.proto)
     for patch in sites:
         _mix(graph, _typed(graph.tensors()[patch.tensor], model), patch)
     nodes = {output.name: node for node in graph.nodes for output in node.outputs}
     for name in readers:
         node, weight = nodes[name], nodes[name].inputs[1]
-        dtype = weight.values.dtype
-        given = gs.Variable(WEIGHT + name, dtype=dtype, shape=[None] * weight.values.ndim)
+        dtype = weight.dtype
+        given = gs.Variable(WEIGHT + name, dtype=dtype, shape=[None] * len(weight.shape))
         graph.inputs.append(given)
-        if weight.values.ndim > 2:
+        if len(weight.shape) > 2:
             # Of one sample: the others have the same border. A channel more would not fit onnxruntime's blocks of them.
             one, first, ones, seen = (
                 gs.Variable(f"mscompile.{part}:{name}", dtype=dtype) for part in ("one", "first", "ones", "seen")
             )
             zero = gs.Constant(f"mscompile.zero:{name}", np.zeros(1, np.int64))
             nought = gs.Constant(f"mscompile.nought:{name}", np.zeros((), dtype))
-            marks = gs.Variable(SHIFT + name, dtype=dtype, shape=[None] * weight.values.ndim)
+            marks = gs.Variable(SHIFT + name, dtype=dtype, shape=[None] * len(weight.shape))
             graph.nodes += [
                 gs.Node("Gather", inputs=[node.inputs[0], zero], outputs=[one], attrs={"axis": 0}),
                 gs.Node("Gather", inputs=[one, zero], outputs=[first], attrs={"axis": 1}),
@@ -263,7 +236,7 @@ def tunable(model: onnx.ModelProto, readers: Iterable[str], sites: Iterable[Patc
         node.outputs[0] = unshifted
         graph.nodes.append(gs.Node("Add", inputs=[unshifted, shift], outputs=[output]))
     graph.toposort()
-    return _export(graph)
+    return _export(graph, model)
 
 
 def _mix(graph: gs.Graph, tensor: gs.Tensor, patch: Patch) -> None:
@@ -284,9 +257,8 @@ def _mix(graph: gs.Graph, tensor: gs.Tensor, patch: Patch) -> None:
     _redirect(tensor, mixed, consumers)
 
 
-def _export(graph: gs.Graph) -> onnx.ModelProto:
-    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
-    return model
+def _export(graph: gs.Graph, origin: Skeleton, more: Weights | None = None) -> Skeleton:
+    return origin.with_graph(gs.export_onnx(graph, do_type_check=False), more)
 
 
 def _divert(graph: gs.Graph, tensor: gs.Tensor, make: object) -> None:
@@ -305,16 +277,16 @@ def _redirect(tensor: gs.Tensor, final: gs.Tensor, consumers: Iterable[gs.Node])
                 node.inputs[position] = final
 
 
-def _typed(tensor: gs.Tensor, model: onnx.ModelProto) -> gs.Tensor:
+def _typed(tensor: gs.Tensor, model: Skeleton) -> gs.Tensor:
     """A tensor with its element type filled in; by default that of the first float output."""
     if tensor.dtype is None:
         tensor.dtype = float_type(model)
     return tensor
 
 
-def float_type(model: onnx.ModelProto) -> npt.DTypeLike:
+def float_type(model: Skeleton) -> npt.DTypeLike:
     """Element type of the model's first floating-point output."""
-    for output in model.graph.output:
+    for output in model.proto.graph.output:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type))
         if dtype.kind not in "iub?":
             return dtype

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from mscompile.data import Samples
@@ -24,7 +23,8 @@ from mscompile.plan import SitePlan
 from mscompile.refits import Target
 from mscompile.runtime import Arrays, Session
 from mscompile.scm import Reader, Site
-from mscompile.surgery import MATRIX, SHIFT, WEIGHT, Patch, patched, tunable, weightless, with_weights
+from mscompile.skeletons import Skeleton, skeleton_of
+from mscompile.surgery import MATRIX, SHIFT, WEIGHT, Patch, patched, tunable
 from mscompile.windows import view_of, window_name
 
 HELD_BYTES = 1 << 28
@@ -80,7 +80,7 @@ class Sweep:
     """
 
     def __init__(self, source: DenseModel, samples: Samples, *, batch_size: int, metric: Metric | None = None) -> None:
-        proto = ir.to_proto(source.model)
+        skeleton = skeleton_of(source.model)
         self.source, self.batch_size = source, batch_size
         self.patches = [Patch(site.tensor, source.ranks[site.tensor], site.axis) for site in source.sites]
         mixed = [patch for site, patch in zip(source.sites, self.patches, strict=True) if not _by_weights(site)]
@@ -88,15 +88,15 @@ class Sweep:
             window_name(reader) for site in source.sites for reader in site.readers if view_of(site, reader) is not None
         ]
         # Nothing is compared for equality here: onnxruntime may rewrite.
-        self.dense = Intervened(proto, self.patches, optimise=True)
-        self.output = compared_output(proto)
+        self.dense = Intervened(skeleton, self.patches, optimise=True)
+        self.output = compared_output(skeleton.proto)
         self._opened: dict[tuple[str, int], list[Opened]] = {}
         self._fed: dict[str, tuple[SitePlan, Arrays]] = {}
         self._whole: Arrays = {}
         for site in source.sites:
             self._whole |= _feed(site, None)
         # Weights that are no inputs let onnxruntime lay convolutions out for speed, worth far more than a session costs.
-        self._plain, self._shared = weightless(with_weights(tunable(proto, names, mixed), self._whole))
+        self._plain = tunable(skeleton, names, mixed).with_weights(self._whole)
         self._patched = patched(self._plain, self.patches)
         first = next(samples.batches(min(batch_size, len(samples))))
         self.metric = metric or default_metric(self.dense.read(first, [self.output])[self.output])
@@ -156,14 +156,14 @@ class Sweep:
         if held <= HELD_BYTES:
             self._opened[key] = found
 
-    def _session(self, graph: onnx.ModelProto, plans: Sequence[SitePlan]) -> Session:
+    def _session(self, graph: Skeleton, plans: Sequence[SitePlan]) -> Session:
         """A graph with the weights of a candidate."""
         given = dict(self._whole)
         for plan in plans:
             if plan.tensor not in self._fed or self._fed[plan.tensor][0] is not plan:
                 self._fed[plan.tensor] = plan, _feed(self.source.scm.site(plan.tensor), plan)
             given |= self._fed[plan.tensor][1]
-        return Session(graph, spin=False, weights={**self._shared, **given})
+        return Session(graph.with_graph(graph.proto, given), spin=False)
 
 
 def _by_weights(site: Site) -> bool:

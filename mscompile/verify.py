@@ -26,6 +26,7 @@ from mscompile.metrics import Difference, Metric, relative_mse
 from mscompile.operators import IntArray
 from mscompile.plan import Plan, SitePlan
 from mscompile.runtime import Progress, Session, no_progress
+from mscompile.skeletons import skeleton_of
 from mscompile.surgery import Do, Patch, Reweighted, replaced
 
 ROUNDINGS = 8.0
@@ -55,7 +56,7 @@ def make_pair(
         left = alignment.get(site.tensor, np.arange(site.size, dtype=np.int64))
         kept = np.intersect1d(site.kept, left)
         sites.append(Correspondence(patch, patch, site.size, len(left), kept, np.searchsorted(left, kept)))
-    return Pair(ir.to_proto(dense), ir.to_proto(compiled), tuple(sites))
+    return Pair(skeleton_of(dense), skeleton_of(compiled), tuple(sites))
 
 
 def fold_error(pair: Pair, plan: Plan, samples: Samples, batch_size: int) -> float:

@@ -193,7 +193,7 @@ class Stored:
     files: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
 
-def check_tensors(proto: onnx.ModelProto, path: Path | None, where: Path) -> Stored:
+def check_tensors(proto: onnx.ModelProto, path: Path | None, where: Path, payloads: Mapping[int, int]) -> Stored:
     """Refuse tensors that do not have the bytes their shapes say, and external data out of place.
 
     In the cache of the Hugging Face hub, whose files are links, locations are rewritten to what they lead to.
@@ -211,10 +211,10 @@ def check_tensors(proto: onnx.ModelProto, path: Path | None, where: Path) -> Sto
     target = None if path is None else Path(os.path.realpath(path)).parent
     hub = target if target is not None and target != folder and HUB_BLOBS.fullmatch(str(target)) else None
     logical = 0
-    for name, tensor in tensors(proto):
+    for number, (name, tensor) in enumerate(tensors(proto)):  # initializers first
         size = _size_of(name, tensor, where)
         if not is_external(tensor):
-            _check_inline(name, tensor, size, where)
+            _check_inline(name, tensor, size, where, payloads.get(number))
             continue
         if folder is None:
             why = f"{name} lies in an external file, and a ModelProto does not say in which folder"
@@ -268,15 +268,16 @@ _TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data"
 _PAIRS = (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
 
 
-def _check_inline(name: str, tensor: onnx.TensorProto, size: int, where: Path) -> None:
-    """Refuse data that is not as long as the shape says."""
+def _check_inline(name: str, tensor: onnx.TensorProto, size: int, where: Path, apart: int | None) -> None:
+    """Refuse data that is not as long as the shape says; `apart` is the length of raw data that is not in the message."""
     present = [entry for entry in _TYPED if len(getattr(tensor, entry))]
     expected = onnx.helper.tensor_dtype_to_field(tensor.data_type)
     if tensor.HasField("segment") or len(present) + bool(tensor.raw_data) > 1 or not {expected}.issuperset(present):
         raise rejected(where, f"{name} keeps its data in a wrong place: {', '.join([*present, 'raw_data'][:2])}")
-    if tensor.raw_data:
-        if len(tensor.raw_data) != size:
-            raise rejected(where, f"{name} has {len(tensor.raw_data)} bytes, its shape {_shape(tensor)} takes {size}")
+    if tensor.raw_data or apart is not None:
+        have = len(tensor.raw_data) if apart is None else apart
+        if have != size:
+            raise rejected(where, f"{name} has {have} bytes, its shape {_shape(tensor)} takes {size}")
         return
     count = math.prod(tensor.dims) * (2 if tensor.data_type in _PAIRS else 1)
     packed = expected == "int32_data" and ir.DataType(tensor.data_type).itemsize < 1
@@ -291,13 +292,7 @@ def _shape(tensor: onnx.TensorProto) -> str:
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Copy of a model in which initializers and all external tensors are empty."""
-    copy = onnx.ModelProto()
-    for entry, value in proto.ListFields():
-        if entry.name != "graph":
-            _take(copy, entry.name, value)
-    for entry, value in proto.graph.ListFields():
-        if entry.name != "initializer":
-            _take(copy.graph, entry.name, value)
+    copy = without_initializers(proto)
     for tensor in proto.graph.initializer:
         copy.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=[0])
     for _, tensor in tensors(copy):
@@ -306,7 +301,19 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _take(message: Any, name: str, value: Any) -> None:
+def without_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy of a model that has none."""
+    copy = onnx.ModelProto()
+    for entry, value in proto.ListFields():
+        if entry.name != "graph":
+            take(copy, entry.name, value)
+    for entry, value in proto.graph.ListFields():
+        if entry.name != "initializer":
+            take(copy.graph, entry.name, value)
+    return copy
+
+
+def take(message: Any, name: str, value: Any) -> None:
     """Set a field to a copy of its value in another message."""
     if hasattr(value, "add") or hasattr(value, "extend"):
         getattr(message, name).extend(value)

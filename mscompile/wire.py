@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from mscompile.errors import ModelError, UsageError
-from mscompile.vetting import rejected, too_large
+from mscompile.payloads import Content
+from mscompile.vetting import identity, rejected, too_large
 
 LARGEST = (1 << 31) - 1
 """Bytes at which protobuf ends."""
+READ = 1 << 24
+"""Bytes of a file that are read; larger ones are mapped, so that weights are in memory once."""
 MOST_FIELDS = 2_000_000
 """Fields of a file, payloads of tensors not counted, at most: parsed, each takes some hundred bytes."""
 
@@ -46,8 +53,9 @@ def check_regular(path: Path) -> int:
     return status.st_size
 
 
-def read_bytes(path: Path) -> bytes:
-    """Bytes of a file that may be an ONNX model."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Content]:
+    """Bytes of a file that may be an ONNX model, mapped where there are many; it must not change while they are read."""
     size = check_regular(path)
     if size == 0:
         raise rejected(path, "the file is empty", "export or download it again")
@@ -55,7 +63,14 @@ def read_bytes(path: Path) -> bytes:
         why = f"it has {size} bytes; protobuf ends at {LARGEST}"
         raise rejected(path, why, "export it again with its weights in an external file")
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            if size <= READ:
+                yield file.read(LARGEST)
+                return
+            known = identity(os.fstat(file.fileno()))
+            yield memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+            if identity(os.fstat(file.fileno())) != known:
+                raise rejected(path, "the file changed while it was read", "run again when nothing writes to it")
     except OSError as error:
         raise rejected(path, error.strerror or str(error), "check the permissions of the file") from error
 

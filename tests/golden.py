@@ -27,6 +27,7 @@ from mscompile.plan import Plan, SitePlan, WindowPlan, selectable
 from mscompile.runtime import Session
 from mscompile.scm import Scm, Site, read_scm
 from mscompile.selection import retained_units
+from mscompile.skeletons import Skeleton, skeleton_of
 from mscompile.surgery import Patch, replaced
 from mscompile.verify import replacement_of
 from mscompile.windows import window_name, window_of, window_weight
@@ -80,7 +81,7 @@ def inputs(source: ir.Model, samples: int = 3, seed: int = 0) -> Arrays:
     }
 
 
-def run(source: ir.Model | onnx.ModelProto, feed: Arrays) -> Arrays:
+def run(source: ir.Model | onnx.ModelProto | Skeleton, feed: Arrays) -> Arrays:
     """All outputs, with onnxruntime's own rewrites off."""
     return Session(source, optimise=False, threads=1).run(feed)
 
@@ -153,11 +154,11 @@ def random_windows(scm: Scm, site: Site, kept: np.ndarray, rng: np.random.Genera
         )
 
 
-def under_do(source: ir.Model, plan: Plan) -> onnx.ModelProto:
+def under_do(source: ir.Model, plan: Plan) -> Skeleton:
     """The dense model with the plan written in by graph surgery."""
     known = read_scm(source).shapes
     patches = [Patch(site.tensor, len(known[site.tensor]), site.axis) for site in plan.sites]
-    return replaced(ir.to_proto(source), map(replacement_of, plan.sites, patches))
+    return replaced(skeleton_of(source), map(replacement_of, plan.sites, patches))
 
 
 def array(source: ir.Model, name: str) -> np.ndarray[Any, Any]:

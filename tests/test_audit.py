@@ -323,7 +323,7 @@ def test_random_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copy(tmp_path / "dense.onnx", tmp_path / "small.onnx")
     with pytest.raises(UnsupportedError, match="same result each time"):
         found(tmp_path, data={"x": samples(100)})
-    monkeypatch.setattr("mscompile.files.check_operators", lambda *_: None)  # were one not known to be random
+    monkeypatch.setattr("mscompile.loading.check_operators", lambda *_: None)  # were one not known to be random
     with pytest.raises(VerificationError, match="patch changes the dense model"):
         found(tmp_path, data={"x": samples(100)})
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_models import FEATURES, mlp, samples, set_weight, weight, with_dead_units
 
 from mscompile import Compilation, Options, compile_model, files, report
-from mscompile.errors import DataError, GoalError, ModelError, ResourceError, UnsupportedError, UsageError
+from mscompile.errors import DataError, GoalError, ModelError, UnsupportedError, UsageError
 from mscompile.models import path as shipped
 from mscompile.pipeline import inspect
 from mscompile.plan import Plan
@@ -289,23 +289,27 @@ def saved_outside(folder: Path, name: str = "m.onnx") -> Path:
     return path
 
 
+def data_of(path: Path) -> list[Path]:
+    """The data files beside a model file."""
+    return sorted(path.parent.glob(f"{path.name}.*.data"))
+
+
 def test_external_weights_stay_external(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = saved_outside(tmp_path)
     monkeypatch.chdir("/")  # weights are looked for beside the model, not in the working folder
     result = compile_model(model, {"x": samples()}, tmp_path / "out.onnx", HALF)
-    assert (tmp_path / "out.onnx.data").stat().st_size > 2000
+    (data,) = data_of(tmp_path / "out.onnx")
+    assert data.stat().st_size > 2000
     assert outputs(tmp_path / "out.onnx", samples())[0].shape == (400, 3)
     assert result.report.sizes.dense.bytes == sum((tmp_path / name).stat().st_size for name in ("m.onnx", "m.onnx.bin"))
-    assert result.report.sizes.compiled.bytes == sum((tmp_path / f).stat().st_size for f in ("out.onnx", "out.onnx.data"))
-    for change in ({"force": False}, {"force": True}):
-        (tmp_path / "out.onnx").unlink(missing_ok=True)
-        (tmp_path / "out.plan.json").unlink(missing_ok=True)
-        (tmp_path / "out.report.json").unlink(missing_ok=True)
-        if change["force"]:
-            compile_model(model, {"x": samples()}, tmp_path / "out.onnx", HALF, **change)
-        else:
-            with pytest.raises(UsageError, match="exists already"):
-                compile_model(model, {"x": samples()}, tmp_path / "out.onnx", HALF, **change)
+    assert result.report.sizes.compiled.bytes == sum(path.stat().st_size for path in (tmp_path / "out.onnx", data))
+    before = data.read_bytes()
+    compile_model(model, {"x": samples()}, tmp_path / "out.onnx", HALF, force=True)
+    assert [path.read_bytes() for path in data_of(tmp_path / "out.onnx")] == [before]
+    compile_model(model, {"x": samples()}, tmp_path / "out.onnx", Options(keep=0.75), force=True)
+    assert len(data_of(tmp_path / "out.onnx")) == 1, "the data of the model that was overwritten is gone"
+    assert not data.exists()
+    compile_model(model, {"x": samples()}, tmp_path / "out.onnx", HALF, force=True)
     inline = compiled(tmp_path, mlp((FEATURES, 64, 32, 3)), name="inline.onnx")
     for value in inline.model.graph.initializers.values():
         stored = next(t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if t.name == value.name)
@@ -322,31 +326,42 @@ def test_external_weights_in_other_forms(tmp_path: Path):
     assert "external" in str(refusal.value)
 
 
-def test_an_external_file_is_never_overwritten(tmp_path: Path):
-    model = saved_outside(tmp_path)
-    (tmp_path / "out.onnx.data").symlink_to(tmp_path / "m.onnx.bin")
-    before = (tmp_path / "m.onnx.bin").read_bytes()
-    with pytest.raises(UsageError, match="input"):
-        compile_model(model, {"x": samples()}, tmp_path / "out.onnx", HALF, force=True)
-    assert (tmp_path / "m.onnx.bin").read_bytes() == before
+@pytest.mark.parametrize("killed", ["data", "model"])
+def test_a_model_and_its_data_change_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str):
+    model, out = saved_outside(tmp_path), tmp_path / "out.onnx"
+    compile_model(model, {"x": samples()}, out, HALF)
+    before = outputs(out, samples())[0]
+    rename = Path.replace
+
+    def kill(self: Path, target: Path) -> Path:
+        if (Path(target) == out) == (killed == "model"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            compile_model(model, {"x": samples()}, out, Options(keep=0.75), force=True)
+    np.testing.assert_array_equal(outputs(out, samples())[0], before)
+    compile_model(model, {"x": samples()}, out, Options(keep=0.75), force=True)
+    assert not np.array_equal(outputs(out, samples())[0], before)
 
 
 def test_large_weights_go_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "INLINE_LIMIT", 1000)
     result = compiled(tmp_path, mlp((FEATURES, 64, 32, 3)))
-    assert (tmp_path / "out.onnx.data").is_file()
+    (data,) = data_of(tmp_path / "out.onnx")
     assert outputs(tmp_path / "out.onnx", samples())[0].shape == (400, 3)
-    assert result.report.sizes.compiled.bytes > (tmp_path / "out.onnx.data").stat().st_size
+    assert result.report.sizes.compiled.bytes > data.stat().st_size
     assert inspect(tmp_path / "out.onnx").reachable == 1.0
 
 
-def test_models_larger_than_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_larger_than_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     onnx.save(mlp(), tmp_path / "m.onnx")
-    for where, error in (("dense", ResourceError), ("wire", ModelError)):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"mscompile.{where}.LARGEST", 500)
-            with pytest.raises(error):
-                compile_model(tmp_path / "m.onnx", {"x": samples()}, None, HALF)
+    monkeypatch.setattr("mscompile.wire.LARGEST", 500)
+    with pytest.raises(ModelError, match="rejected") as refusal:
+        compile_model(tmp_path / "m.onnx", {"x": samples()}, None, HALF)
+    assert "external file" in str(refusal.value)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -483,7 +498,7 @@ def test_functions_are_written_out_and_cut_through(tmp_path: Path):
 
 
 def test_functions_that_explode_or_call_themselves(tmp_path: Path):
-    with pytest.raises(ResourceError, match="too large"):
+    with pytest.raises(match="too large"):
         compiled(tmp_path, in_functions(60))
     with pytest.raises(ModelError, match="rejected"):
         compiled(tmp_path, in_functions(2, body="f1"))

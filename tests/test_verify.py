@@ -23,6 +23,7 @@ from mscompile.metrics import METRICS, default_metric, kl_divergence
 from mscompile.plan import Plan, SitePlan
 from mscompile.rewrite import rewrite
 from mscompile.runtime import Session
+from mscompile.skeletons import weightless
 from mscompile.surgery import MASK, SOURCE
 from mscompile.verify import FOLD_TOLERANCE, Fidelity, Interchange, Pair, fold_error, make_pair, relative_mse
 
@@ -74,9 +75,8 @@ def test_a_compiled_model_is_the_dense_one_under_the_plan(kind: str) -> None:
 
 def damaged(pair: Pair, name: str, change: Any) -> Pair:
     """The pair with one weight of the compiled model changed."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(pair.compiled)
-    return replace(pair, compiled=set_weight(copy, name, change(weight(copy, name)).astype(np.float32)))
+    copy = pair.compiled.whole()
+    return replace(pair, compiled=weightless(set_weight(copy, name, change(weight(copy, name)).astype(np.float32))))
 
 
 def scaled(array: Array) -> Array:
@@ -156,7 +156,7 @@ def random_model() -> onnx.ModelProto:
 def test_random_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="same result each time"):
         unchanged(random_model())
-    monkeypatch.setattr("mscompile.files.check_operators", lambda *_: None)  # were one not known to be random
+    monkeypatch.setattr("mscompile.loading.check_operators", lambda *_: None)  # were one not known to be random
     with pytest.raises(VerificationError, match="the null patch changes the dense model"):
         Interchange(unchanged(random_model()), data(), batch_size=BATCH)
 

@@ -19,6 +19,7 @@ import scipy.optimize
 
 from mscompile.operators import IntArray
 from mscompile.runtime import Session
+from mscompile.skeletons import Skeleton, weightless
 
 Array = npt.NDArray[np.float64]
 
@@ -57,8 +58,8 @@ class Layer:
     ----------
     name
         Its first output.
-    weight
-        [outputs, inputs, taps].
+    stored, zero
+        [outputs, inputs, taps] as they are kept, and their zero points.
     grouped
         Whether it is a grouped convolution, whose inputs are not those of the whole tensor.
     data
@@ -70,12 +71,20 @@ class Layer:
     """
 
     name: str
-    weight: Array
+    stored: npt.NDArray[np.generic]
+    zero: Array | float
     grouped: bool
     data: str
     site: str
     axis: int
     ends: bool
+
+    @property
+    def weight(self) -> Array:
+        """[outputs, inputs, taps]; computed anew each time, so that one at a time is in memory."""
+        zero = self.zero.reshape(-1, 1, 1) if isinstance(self.zero, np.ndarray) and self.zero.ndim else self.zero
+        weight: Array = self.stored.astype(np.float64) - zero
+        return weight
 
 
 @dataclass(frozen=True)
@@ -107,14 +116,15 @@ class Match:
     margin: float
 
 
-def infer(dense: onnx.ModelProto, compiled: onnx.ModelProto) -> tuple[list[Match], list[str]]:
+def infer(dense: onnx.ModelProto | Skeleton, compiled: onnx.ModelProto | Skeleton) -> tuple[list[Match], list[str]]:
     """Match sites by weights; also the reasons for what could not be matched."""
-    ours, theirs = (list(_layers(model)) for model in (dense, compiled))
+    skeletons = weightless(dense), weightless(compiled)
+    ours, theirs = (list(_layers(model)) for model in skeletons)
     if len(ours) != len(theirs) or any(
         (a.axis, a.grouped) != (b.axis, b.grouped) for a, b in zip(ours, theirs, strict=False)
     ):
         return [], [f"the models differ in structure: {len(ours)} linear operators with weights, and {len(theirs)}"]
-    origins = _origins(dense, ours), _origins(compiled, theirs)
+    origins = _origins(skeletons[0].proto, ours), _origins(skeletons[1].proto, theirs)
     found: dict[int, Match | None] = {}
     reasons: list[str] = []
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -127,7 +137,7 @@ def infer(dense: onnx.ModelProto, compiled: onnx.ModelProto) -> tuple[list[Match
             reasons.append(f"{a.name}: its inputs cannot be followed back to units that are matched")
         elif found[number] is None:
             clear = 0 if match is None else len(match.kept)
-            reasons.append(f"{a.name}: only {clear} of {len(b.weight)} units of {b.name} are clearly units of it")
+            reasons.append(f"{a.name}: only {clear} of {len(b.stored)} units of {b.name} are clearly units of it")
         elif match is not None and len(match.kept) < match.width:
             unclear = match.width - len(match.kept)
             reasons.append(f"{a.name}: {unclear} of {match.width} units are not clear, and left out")
@@ -141,11 +151,11 @@ def _trust(match: Match) -> float:
 def _match(a: Layer, b: Layer, inputs: IntArray, readers: Iterable[tuple[Array, Array]]) -> Match:
     """Pair the units of two layers; `inputs` are the dense inputs that the compiled ones are."""
     left = a.weight if a.grouped or len(inputs) == 0 else a.weight[:, inputs]
-    likeness = _cosines(b.weight.reshape(len(b.weight), -1), left.reshape(len(a.weight), -1))
+    likeness = _cosines(b.weight.reshape(len(b.stored), -1), left.reshape(len(a.stored), -1))
     columns = [_cosines(y, x) for x, y in readers]
     if columns:
         likeness = (likeness + np.mean(columns, axis=0)) / 2
-    size, width = len(a.weight), len(b.weight)
+    size, width = len(a.stored), len(b.stored)
     if width > size:
         return Match(a.site, b.site, a.axis, np.zeros(0, np.int64), np.zeros(0, np.int64), size, width, 0.0, 0.0)
     places, kept = scipy.optimize.linear_sum_assignment(likeness, maximize=True)
@@ -185,7 +195,7 @@ def _input_orders(
     found: Mapping[int, Match | None],
 ) -> list[IntArray]:
     """Ways in which the compiled layer's inputs may be inputs of the dense one; an empty list where none is known."""
-    wide, narrow = ours[number].weight.shape[1], theirs[number].weight.shape[1]
+    wide, narrow = ours[number].stored.shape[1], theirs[number].stored.shape[1]
     if ours[number].grouped:
         return [np.zeros(0, np.int64)] if wide == narrow else []
     source = origins[0].get(number)
@@ -207,18 +217,19 @@ def _readers(
     number: int, origins: tuple[dict[int, int], dict[int, int]], ours: list[Layer], theirs: list[Layer]
 ) -> Iterator[tuple[Array, Array]]:
     """Weights [units, …] that read the units of a layer, in both models, where the readers' outputs are all there."""
-    size, width = len(ours[number].weight), len(theirs[number].weight)
+    size, width = len(ours[number].stored), len(theirs[number].stored)
     for reader, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        same = origins[0].get(reader) == number == origins[1].get(reader) and len(a.weight) == len(b.weight)
-        if same and not a.grouped and (a.weight.shape[1], b.weight.shape[1]) == (size, width):
-            yield tuple(layer.weight.transpose(1, 0, 2).reshape(layer.weight.shape[1], -1) for layer in (a, b))  # type: ignore[misc]
+        same = origins[0].get(reader) == number == origins[1].get(reader) and len(a.stored) == len(b.stored)
+        if same and not a.grouped and (a.stored.shape[1], b.stored.shape[1]) == (size, width):
+            yield tuple(layer.weight.transpose(1, 0, 2).reshape(layer.stored.shape[1], -1) for layer in (a, b))  # type: ignore[misc]
 
 
 # --- reading a graph --------------------------------------------------------------------------------------------------
 
 
-def _layers(model: onnx.ModelProto) -> Iterator[Layer]:
+def _layers(skeleton: Skeleton) -> Iterator[Layer]:
     """Linear operators with constant weights, in the order of the graph."""
+    model = skeleton.proto
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -228,13 +239,13 @@ def _layers(model: onnx.ModelProto) -> Iterator[Layer]:
     constant = _constant_names(model)
     steady = constant | _scales(model, constant)
     operands = {name for node in nodes for name in node.input if name in constant}
-    values = _evaluate(model, operands)
+    values = _evaluate(skeleton, operands)
     for node in nodes:
         name = node.input[WEIGHTS[node.op_type]]
         if name not in values or node.input[0] in constant:
             continue
         attributes = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
-        weight = values[name].astype(np.float64) - _zero_point(node, values)
+        weight = values[name]
         convolution = node.op_type in CONVOLUTIONS
         if not convolution:
             if weight.ndim != 2:
@@ -244,6 +255,7 @@ def _layers(model: onnx.ModelProto) -> Iterator[Layer]:
         yield Layer(
             node.output[0],
             weight.reshape(*weight.shape[:2], -1),
+            _zero_point(node, values),
             convolution and attributes.get("group", 1) != 1,
             node.input[0],
             site,
@@ -256,8 +268,7 @@ def _zero_point(node: onnx.NodeProto, values: Mapping[str, npt.NDArray[np.generi
     place = {"ConvInteger": 3, "MatMulInteger": 3, "QLinearConv": 5, "QLinearMatMul": 5}.get(node.op_type)
     if place is None or len(node.input) <= place or node.input[place] not in values:
         return 0.0
-    zero = values[node.input[place]].astype(np.float64)
-    return zero.reshape(-1, 1, 1, 1) if node.op_type in CONVOLUTIONS and zero.ndim == 1 else zero
+    return values[node.input[place]].astype(np.float64)
 
 
 def _constant_names(model: onnx.ModelProto) -> set[str]:
@@ -270,10 +281,11 @@ def _constant_names(model: onnx.ModelProto) -> set[str]:
     return names
 
 
-def _evaluate(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, npt.NDArray[np.generic]]:
+def _evaluate(skeleton: Skeleton, names: Iterable[str]) -> dict[str, npt.NDArray[np.generic]]:
     """Values of constant tensors, computed by onnxruntime where they are not stored."""
+    model = skeleton.proto
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    values = {name: onnx.numpy_helper.to_array(stored[name]) for name in names if name in stored}
+    values = {name: skeleton.array(stored[name]) for name in names if name in stored}
     asked = [name for name in names if name not in stored]
     if asked:
         producers = {name: node for node in model.graph.node for name in node.output}
@@ -283,19 +295,17 @@ def _evaluate(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, npt.NDA
             if name in producers and name not in needed:
                 needed.add(name)
                 waiting += [i for i in producers[name].input if i]
+        nodes = [node for node in model.graph.node if needed & set(node.output)]
+        read = {name for node in nodes for name in node.input}
         graph = onnx.helper.make_graph(
-            [node for node in model.graph.node if needed & set(node.output)],
+            nodes,
             "constants",
             [],
             [onnx.ValueInfoProto(name=name) for name in asked],
-            [
-                t
-                for t in model.graph.initializer
-                if any(t.name in n.input for n in model.graph.node if needed & set(n.output))
-            ],
+            [tensor for tensor in model.graph.initializer if tensor.name in read],
         )
         alone = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-        values |= Session(alone, optimise=False).run({})
+        values |= Session(skeleton.with_graph(alone), optimise=False).run({})
     return values
 
 

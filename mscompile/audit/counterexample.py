@@ -141,7 +141,7 @@ def write(found: Found, setup: Setup, folder: Path) -> Counterexample:
     """
     engine = setup.engine
     models = {"dense": engine.pair.dense, "compiled": engine.pair.compiled}
-    if sum(model.ByteSize() for model in models.values()) > LARGEST:
+    if sum(model.weight_bytes for model in models.values()) > LARGEST:
         return found.report
     base, source = (setup.samples.take([i]).inputs for i in (found.report.base, found.report.source))
     values = engine.dense.read(source, [site.dense.tensor for site in engine.pair.sites])
@@ -152,7 +152,7 @@ def write(found: Found, setup: Setup, folder: Path) -> Counterexample:
     patches = {"dense": [s.dense for s in engine.pair.sites], "compiled": [s.compiled for s in engine.pair.sites]}
     folder.mkdir(exist_ok=True)
     for name, model in models.items():
-        graph = patched(model, patches[name])
+        graph = patched(model, patches[name]).whole()
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     arrays = {f"{name} {key}": array for name, feed in feeds.items() for key, array in feed.items()}
     np.savez_compressed(folder / "inputs.npz", **arrays)  # type: ignore[arg-type]

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx_ir as ir
 
 from mscompile.audit.disjointness import Fingerprints, decode, fingerprints
 from mscompile.audit.report import AuditedData, AuditedFile
 from mscompile.data import InputSpec, Samples, Source, read
-from mscompile.errors import DataError, ResourceError, UnsupportedError, UsageError, VerificationError
-from mscompile.files import load_model, read_weights, weight_bytes
+from mscompile.errors import DataError, UnsupportedError, UsageError, VerificationError
+from mscompile.loading import load_model
 from mscompile.provenance import METADATA, changed_parts
-from mscompile.wire import LARGEST
+from mscompile.skeletons import Skeleton, skeleton_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,15 @@ class AuditModel:
     `changed` lists what is no longer as `mscompile` wrote it; None where the file does not say that `mscompile` did.
     """
 
-    proto: onnx.ModelProto
+    skeleton: Skeleton
     sha256: str
     path: Path
     changed: tuple[str, ...] | None = None
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The graph, without heavy weights."""
+        return self.skeleton.proto
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -58,17 +62,10 @@ class AuditModel:
 def open_model(path: Path) -> AuditModel:
     """Read a model file, after the checks that every model file goes through."""
     model, sha256 = load_model(path)
-    if weight_bytes(model) > LARGEST:
-        raise ResourceError(
-            "the model is too large",
-            where=str(path),
-            why=f"its weights take {weight_bytes(model) / 2**30:.1f} GiB, and models are run from memory: at most 2",
-            hint="audit its parts one by one",
-        )
-    proto = ir.to_proto(read_weights(model))
-    if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
-    return AuditModel(proto, sha256, path, changed_parts(model))
+    skeleton = skeleton_of(model)
+    if skeleton.proto.functions:
+        skeleton = skeleton.with_graph(onnx.inliner.inline_local_functions(skeleton.proto))
+    return AuditModel(skeleton, sha256, path, changed_parts(model))
 
 
 def _spec(value: onnx.ValueInfoProto) -> InputSpec:

@@ -21,7 +21,7 @@ from mscompile.interchange import Engine, Law, Pair
 from mscompile.metrics import Metric
 from mscompile.provenance import METADATA
 from mscompile.runtime import Arrays, Session
-from mscompile.surgery import Do, Reweighted, probe, replaced, weightless
+from mscompile.surgery import Do, Reweighted, probe, replaced
 
 ALIKE = 0.5
 """Share of variance below which units matched by weights are reported as behaving differently."""
@@ -159,7 +159,7 @@ def prepare(
         raise
     found = found if origin is None else replace(found, origin=origin)
     outputs, left_out = choose_outputs(options.outputs, options.metrics, dense.proto, compiled.proto, values, count)
-    pair = Pair(dense.proto, compiled.proto, found.sites)
+    pair = Pair(dense.skeleton, compiled.skeleton, found.sites)
     engine = Engine(pair, samples, batch_size=batch_size, outputs={o.dense: o.compiled for o in outputs})
     checks = [came, Check(name="null and self patch", passed=True, detail="no output bit changes, in either model")]
     check_rows("dense", engine.dense, engine.batch)
@@ -277,7 +277,7 @@ def _find_tau(
         origin, claims = "metadata", recorded
     else:
         origin = "weights"
-        claims, notes = inferred(dense.proto, compiled.proto)
+        claims, notes = inferred(dense.skeleton, compiled.skeleton)
     values = _values(dense, [claim.dense for claim in claims], batch)
     found = _values(compiled, [claim.compiled or claim.dense for claim in claims], batch)
     return replace(resolve(claims, origin, values, found), notes=notes), (values, found)  # type: ignore[arg-type]
@@ -294,10 +294,9 @@ def _values(model: AuditModel, names: Sequence[str], batch: Mapping[str, Any]) -
                 why=f"{model.path} computes no tensor of that name",
                 hint="give the tau of this pair with --tau or --plan",
             )
-    skeleton, weights = weightless(model.proto)
     dtypes = {spec.name: spec.dtype for spec in model.specs}
     inputs = {name: array.astype(dtypes[name], copy=False) for name, array in batch.items()}
-    return Session(probe(skeleton, names), optimise=False, weights=weights).run(inputs)
+    return Session(probe(model.skeleton, names), optimise=False).run(inputs)
 
 
 def _describe(tau: Tau, engine: Engine) -> tuple[AuditedSite, ...]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
 from mscompile.audit.alignment import infer
@@ -21,6 +20,7 @@ from mscompile.errors import UsageError
 from mscompile.interchange import Correspondence
 from mscompile.provenance import METADATA
 from mscompile.runtime import Arrays
+from mscompile.skeletons import Skeleton
 from mscompile.surgery import Patch
 
 Origin = Literal["given", "plan", "metadata", "weights"]
@@ -198,7 +198,7 @@ def _misfit(where: str, why: str) -> UsageError:
     )
 
 
-def inferred(dense: onnx.ModelProto, compiled: onnx.ModelProto) -> tuple[list[SiteClaim], tuple[str, ...]]:
+def inferred(dense: Skeleton, compiled: Skeleton) -> tuple[list[SiteClaim], tuple[str, ...]]:
     """Claims from matching weights, and what to say of them.
 
     Raises

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from mscompile.calibration import calibrate
 from mscompile.data import Samples
@@ -27,6 +26,7 @@ from mscompile.instrument import Measure
 from mscompile.prediction import unit_risks
 from mscompile.runtime import Session
 from mscompile.scores import score
+from mscompile.skeletons import skeleton_of
 
 BATCH = 64
 TIMED = 4
@@ -67,13 +67,13 @@ def against_brute_force(path: Path, count: int, probes: int) -> None:
     found = calibrate(dense.scm, dense.sites, samples, batch_size=BATCH, measure=measure_of(dense.output, probes))
     scores = score(dense.scm, dense.sites, found, "logit-mse")
     curvature, brute, units = time.perf_counter() - began, 0.0, 0
-    proto = ir.to_proto(dense.model)
-    session = Session(proto)
+    skeleton = skeleton_of(dense.model)
+    session = Session(skeleton)
     for site in dense.sites:
         rules, some = [scores.constants[site.tensor]], np.arange(TIMED)
         began = time.perf_counter()
         rank, basis = dense.ranks[site.tensor], scores.basis[site.tensor]
-        unit_risks(proto, session, site, rank, rules, some, basis, {dense.output: 1.0}, samples, BATCH)
+        unit_risks(skeleton, session, site, rank, rules, some, basis, {dense.output: 1.0}, samples, BATCH)
         brute += (time.perf_counter() - began) * site.size / TIMED
         units += site.size
     print(f"{len(dense.sites)} sites, {units} units, {count} samples, {probes} probes; load {os.getloadavg()[0]:.1f}")

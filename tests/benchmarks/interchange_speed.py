@@ -33,13 +33,13 @@ def main(models: tuple[Path, ...], repeat: int, batch_size: int) -> None:
     """Print the table."""
     rows = []
     for path in models:
-        dense, proto = open_dense(path), open_model(path).proto
+        dense, skeleton = open_dense(path), open_model(path).skeleton
         samples = samples_of(dense, beside(path, "test"))
         sites = []
         for site in dense.sites:
             patch, kept = Patch(site.tensor, dense.ranks[site.tensor], site.axis), np.arange(0, site.size, 2)
             sites.append(Correspondence(patch, patch, site.size, site.size, kept, kept))
-        engine = Engine(Pair(proto, proto, tuple(sites)), samples, batch_size=batch_size)
+        engine = Engine(Pair(skeleton, skeleton, tuple(sites)), samples, batch_size=batch_size)
         pairings = [disjoint_pairs(len(samples), seed) for seed in range(2)]
         base, source = (np.concatenate([p[i] for p in pairings]) for i in range(2))
         seconds = []

@@ -50,6 +50,7 @@ from mscompile.models.export import export
 from mscompile.plan import Plan
 from mscompile.runtime import Session
 from mscompile.sizes import count_parameters, measure_latency
+from mscompile.skeletons import skeleton_of, weightless
 from mscompile.surgery import Patch
 from mscompile.verify import Interchange, make_pair
 
@@ -289,7 +290,7 @@ def pair_by_parameters(network: Network, model: onnx.ModelProto) -> Pair | None:
             kept = np.array(left, dtype=np.int64)
             order = np.argsort(kept)
             found.append(Correspondence(patch, patch, site.size, width, kept[order], order))
-    return Pair(ir.to_proto(dense.model), model, tuple(found)) if found else None
+    return Pair(skeleton_of(dense.model), weightless(model), tuple(found)) if found else None
 
 
 def _shapes(model: onnx.ModelProto, network: Network) -> dict[str, tuple[int, ...]]:
@@ -297,7 +298,7 @@ def _shapes(model: onnx.ModelProto, network: Network) -> dict[str, tuple[int, ..
     from mscompile.surgery import probe
 
     batch = next(network.data("calib").batches(2))
-    values = Session(probe(model, names), optimise=False).run(batch, names)
+    values = Session(probe(weightless(model), names), optimise=False).run(batch, names)
     return {name: array.shape for name, array in values.items()}
 
 
