@@ -21,6 +21,7 @@ from mscompile.runs.command import RUNNING, running
 from mscompile.stage_commands import (
     ANCHORS,
     OUTPUTS,
+    TRUST,
     apply_command,
     calibrate_command,
     parse_keep,
@@ -29,6 +30,7 @@ from mscompile.stage_commands import (
     with_options,
 )
 from mscompile.terminal import End, answer, ascii_json, bars, error_text, plain, say, sentence, table, width_of
+from mscompile.trial import TRIALS
 
 if TYPE_CHECKING:
     from mscompile.inspection import Inspection
@@ -130,6 +132,7 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option("--freeze", metavar="REGEX", help="Never cut sites whose name matches.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="PATH", help="One offline page to write.")
 @with_options(*RUNNING)
+@TRUST
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -200,6 +203,7 @@ def compile_command(
 
 @cli.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-v", "--verbose", count=True, help="-vv: tracebacks.")
 def inspect_command(model: Path, as_json: bool, verbose: int) -> None:
@@ -440,6 +444,8 @@ def run(arguments: Sequence[str]) -> int:
         ours = error if isinstance(error, MscompileError) else _crash(error, command)
         say(error_text(ours, width_of(sys.stderr)))
         return ours.exit_code
+    finally:
+        TRIALS.end()
     return code if isinstance(code, int) else 0
 
 

@@ -163,7 +163,7 @@ def save_model(model: ir.Model, target: Path, *, external: bool = False) -> tupl
             for part in joined(skeleton.SerializeToString(deterministic=True), payloads):
                 file.write(part)
         try:
-            sha256 = load_model(draft)[1]
+            sha256 = load_model(draft, trusted=True)[1]
         except MscompileError as error:
             raise VerificationError(
                 "the compiled model is not a valid ONNX file",

@@ -21,6 +21,7 @@ from mscompile.mapped import map_file
 from mscompile.payloads import PLAIN, Buffer, Bytes, Content, joined, split
 from mscompile.skeletons import apart, parted
 from mscompile.topology import check_expansion, name_nodes, sort_nodes
+from mscompile.trial import attempt
 from mscompile.vetting import (
     SIZE,
     Stored,
@@ -31,7 +32,7 @@ from mscompile.vetting import (
     rejected,
     without_weights,
 )
-from mscompile.wire import opened, parse
+from mscompile.wire import check_count, opened, parse
 
 NOTES = "mscompile.notes"
 """Key of an `ir.Model.meta` entry: sentences on what was changed in reading the file, or will be lost."""
@@ -39,8 +40,15 @@ STORED = "mscompile.stored"
 """Key of an `ir.Model.meta` entry: the external files, see `vetting.Stored`."""
 
 
-def load_model(path: str | Path) -> tuple[ir.Model, str]:
+def load_model(path: str | Path, *, hashed: bool = True, trusted: bool = False) -> tuple[ir.Model, str]:
     """Load an ONNX file.
+
+    Parameters
+    ----------
+    hashed
+        Whether to find the sha256; else it is empty.
+    trusted
+        Whether to do without a trial in another process, see `mscompile.trial`, where these are on.
 
     Returns
     -------
@@ -59,9 +67,10 @@ def load_model(path: str | Path) -> tuple[ir.Model, str]:
     """
     path = Path(path)
     with opened(path) as content:
+        check_count(content, path)
         skeleton, payloads = split(content)
-        model = from_proto(parse(skeleton, path), path, payloads)
-        return model, _digest(content, model)
+        model = from_proto(parse(skeleton, path), path, payloads, trusted=trusted)
+        return model, _digest(content, model) if hashed else ""
 
 
 def read_proto(proto: onnx.ModelProto) -> tuple[ir.Model, str]:
@@ -78,7 +87,13 @@ def read_model(model: ir.Model) -> tuple[ir.Model, str]:
     return from_proto(skeleton, payloads=payloads), _sha256(joined(skeleton.SerializeToString(deterministic=True), payloads))
 
 
-def from_proto(proto: onnx.ModelProto, path: Path | None = None, payloads: Mapping[int, Buffer] | None = None) -> ir.Model:
+def from_proto(
+    proto: onnx.ModelProto,
+    path: Path | None = None,
+    payloads: Mapping[int, Buffer] | None = None,
+    *,
+    trusted: bool = False,
+) -> ir.Model:
     """Read a ModelProto, vetted and then accepted by onnx's own checker; nodes are sorted and named where they are not.
 
     The checker is given the model without its weights, and without names of files.
@@ -105,6 +120,8 @@ def from_proto(proto: onnx.ModelProto, path: Path | None = None, payloads: Mappi
         )
     skeleton = without_weights(proto)
     unsorted = sort_nodes(skeleton, where)
+    if path is not None and not trusted:
+        attempt(path, path.stat().st_size + sum(status[SIZE] for status in stored.files.values()))
     try:
         onnx.checker.check_model(skeleton)
         model = ir.from_proto(proto)

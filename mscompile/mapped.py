@@ -147,7 +147,7 @@ def spooled(array: AnyArray) -> AnyArray:
         The disk is full.
     """
     turned = array.flags.f_contiguous and not array.flags.c_contiguous
-    plain = array.T if turned else array
+    plain: npt.NDArray[Any] = array.T if turned else array
     if array.nbytes < WORTH_A_FILE or place_of(plain) is not None or _held.take(array):
         return array
     plain = np.ascontiguousarray(plain)

@@ -97,7 +97,7 @@ def compile_model(
         if target is not None:
             read = [Path(entry) for entry in (model, data) if isinstance(entry, str | Path)]
             output_conflict([target, *_beside(target)], force=force, inputs=read)
-        done = _compile(model, data, target, options or Options(), force, command, run, progress)
+        done = _compile(model, data, target, options or Options(), command, run, progress)
     for warning in done.report.warnings:
         if on_warning is not None:
             on_warning(warning)
@@ -109,7 +109,6 @@ def _compile(
     data: Source | None,
     target: Path | None,
     options: Options,
-    force: bool,
     command: str,
     run: Run,
     progress: Progress,

@@ -14,11 +14,28 @@ import click
 from mscompile.errors import UsageError
 from mscompile.runs.command import RUNNING, running
 from mscompile.terminal import answer, bars, plain, say, table, width_of
+from mscompile.trial import TRIALS
 
 if TYPE_CHECKING:
     from mscompile.prediction import SiteCheck
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
+
+
+def _try_models(_: click.Context, __: click.Parameter, trusted: bool) -> None:
+    if trusted:
+        TRIALS.end()
+    else:
+        TRIALS.begin()
+
+
+TRUST = click.option(
+    "--trust",
+    is_flag=True,
+    expose_value=False,
+    callback=_try_models,
+    help="Take the model in without a trial in a process of its own, within limits of memory and time.",
+)
 FORCE = click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 ANCHORS = click.option(
     "--anchors",
@@ -149,7 +166,7 @@ def check_page(checks: Sequence[SiteCheck]) -> str:
 )
 @click.option("--svg", type=click.Path(path_type=Path), help="Write the plot of --check.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write table and plot of --check.")
-@with_options(*SCORING, *DATA, *RUNNING)
+@with_options(*SCORING, *DATA, *RUNNING, TRUST)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def calibrate_command(
@@ -199,7 +216,7 @@ def calibrate_command(
 @click.argument("statistics", type=click.Path(path_type=Path))
 @click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.plan.json]")
 @click.option("--keep", multiple=True, metavar="[SITE=]N", help="Share of channels to keep, or SITE=share, SITE=number.")
-@with_options(*SCORING)
+@with_options(*SCORING, TRUST)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def plan_command(
@@ -219,7 +236,7 @@ def plan_command(
 @MODEL
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.ms.onnx]")
-@with_options(*DATA)
+@with_options(*DATA, TRUST)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def apply_command(

@@ -64,22 +64,24 @@ def opened(path: Path) -> Iterator[Content]:
         raise rejected(path, why, "export it again with its weights in an external file")
     try:
         with path.open("rb") as file:
-            if size <= READ:
-                yield file.read(LARGEST)
-                return
             known = identity(os.fstat(file.fileno()))
-            yield memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+            small = size <= READ
+            yield file.read(LARGEST) if small else memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
             if identity(os.fstat(file.fileno())) != known:
                 raise rejected(path, "the file changed while it was read", "run again when nothing writes to it")
     except OSError as error:
         raise rejected(path, error.strerror or str(error), "check the permissions of the file") from error
 
 
-def parse(content: bytes, path: Path) -> onnx.ModelProto:
-    """The ModelProto of a file, after its fields have been counted."""
+def check_count(content: Content, path: Path) -> None:
+    """Refuse a file of too many fields."""
     if count_fields(content) > MOST_FIELDS:
         why = f"it has more than {MOST_FIELDS:,} fields"
         raise too_large(path, why, "export the network in parts, with weights as raw data")
+
+
+def parse(content: bytes, path: Path) -> onnx.ModelProto:
+    """The ModelProto of a file."""
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except Exception as error:
@@ -110,7 +112,7 @@ def _layout(descriptor: Any, known: dict[str, Layout]) -> Layout:
     return known[descriptor.full_name]
 
 
-def count_fields(content: bytes) -> int:
+def count_fields(content: Content) -> int:
     """Fields of a serialised ModelProto and of the messages in it, up to just above `MOST_FIELDS`; 0 if those cannot be.
 
     Nothing is parsed: fields are stepped over. Where the bytes are no protobuf, the count ends.

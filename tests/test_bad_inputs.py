@@ -726,11 +726,12 @@ def run_all(root: Path) -> None:
     import mscompile.latency
     import mscompile.runtime
     import mscompile.sizes
+    import mscompile.trial
     from mscompile import cli, compile_model, stages  # noqa: F401  # loaded before what is opened is recorded
 
     mscompile.latency.POINT_SECONDS, mscompile.latency.POINT_RUNS = 0.0, 1
     mscompile.sizes.LATENCY_SECONDS = 0.0
-    mscompile.runtime.RUN_SECONDS = 1.0
+    mscompile.runtime.RUN_SECONDS, mscompile.trial.SECONDS = 1.0, 3.0
     opened: list[str] = []
     recording = False
 

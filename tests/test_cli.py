@@ -478,7 +478,7 @@ def test_models_that_are_no_files(
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "secret.onnx").write_bytes(OK)
     if name == "secret.onnx":  # by permissions it could not be kept from root
-        monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     refused(run(name), code, word)
     refused(run("inspect", name), code, word)
 
