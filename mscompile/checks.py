@@ -18,8 +18,10 @@ BATCH_EFFECT = 1e-4
 """Change of an output, in standard deviations, that rounding explains when a sample is run alone."""
 
 
-def check_patches(name: str, model: Intervened, batch: Feed, outputs: Sequence[str]) -> None:
-    """Null and self patch.
+def check_patches(
+    name: str, model: Intervened, batch: Feed, outputs: Sequence[str], shared: frozenset[str] = frozenset()
+) -> None:
+    """Null and self patch; `shared` inputs go with every sample, here and below.
 
     Raises
     ------
@@ -27,7 +29,7 @@ def check_patches(name: str, model: Intervened, batch: Feed, outputs: Sequence[s
         One of them changes an output.
     """
     values = model.read(batch)
-    count = len(next(iter(batch.values())))
+    count = _count(batch, shared)
     for check, value in (("null", False), ("self", True)):
         settings: dict[str, Setting] = {
             patch.tensor: (np.full((count, values[patch.tensor].shape[patch.axis]), value), values[patch.tensor])
@@ -44,7 +46,7 @@ def check_patches(name: str, model: Intervened, batch: Feed, outputs: Sequence[s
                 )
 
 
-def check_full_source(model: Intervened, batch: Feed, outputs: Sequence[str]) -> None:
+def check_full_source(model: Intervened, batch: Feed, outputs: Sequence[str], shared: frozenset[str] = frozenset()) -> None:
     """All channels of sites that lie on every path, set to what they are on other inputs, give the outputs of these.
 
     Raises
@@ -53,8 +55,8 @@ def check_full_source(model: Intervened, batch: Feed, outputs: Sequence[str]) ->
         They do not.
     """
     values = model.read(batch)
-    turned = {name: np.ascontiguousarray(array[::-1]) for name, array in batch.items()}
-    count = len(next(iter(batch.values())))
+    turned = {name: array if name in shared else np.ascontiguousarray(array[::-1]) for name, array in batch.items()}
+    count = _count(batch, shared)
     settings: dict[str, Setting] = {
         patch.tensor: (np.ones((count, values[patch.tensor].shape[patch.axis]), dtype=np.bool_), values[patch.tensor])
         for patch in model.patches
@@ -68,6 +70,11 @@ def check_full_source(model: Intervened, batch: Feed, outputs: Sequence[str]) ->
                 why="the sites lie on every path, so that all their values determine the outputs",
                 hint="the model may be random or keep state between runs; otherwise please report a bug",
             )
+
+
+def _count(batch: Feed, shared: frozenset[str]) -> int:
+    """Samples in a batch."""
+    return len(next(array for name, array in batch.items() if name not in shared))
 
 
 def unchanged(found: npt.NDArray[Any], plain: npt.NDArray[Any], digits: int | None) -> bool:
@@ -108,7 +115,7 @@ def cuts_all_paths(model: onnx.ModelProto, tensors: Sequence[str], output: str) 
     return True
 
 
-def check_rows(name: str, model: Intervened, batch: Feed) -> None:
+def check_rows(name: str, model: Intervened, batch: Feed, shared: frozenset[str] = frozenset()) -> None:
     """Tensors with several rows to a sample, such as tokens, must hold each sample's rows together and in order.
 
     Raises
@@ -116,9 +123,12 @@ def check_rows(name: str, model: Intervened, batch: Feed) -> None:
     VerificationError
         One does not, so that a unit of one sample cannot be told from that of another.
     """
-    count = len(next(iter(batch.values())))
+    count = _count(batch, shared)
     values = model.read(batch)
-    first = {key: np.ascontiguousarray(np.repeat(array[:1], count, axis=0)) for key, array in batch.items()}
+    first = {
+        key: array if key in shared else np.ascontiguousarray(np.repeat(array[:1], count, axis=0))
+        for key, array in batch.items()
+    }
     alone = model.read(first)
     for patch in model.patches:
         rows, rest = divmod(values[patch.tensor].shape[0], count)
@@ -132,17 +142,22 @@ def check_rows(name: str, model: Intervened, batch: Feed) -> None:
             )
 
 
-def depends_on_batch(model: Intervened, batch: Feed, output: str) -> bool:
+def depends_on_batch(model: Intervened, batch: Feed, output: str, shared: frozenset[str] = frozenset()) -> bool:
     """Whether a sample's output depends on the others in its batch, as with dynamic quantisation of activations."""
-    count = min(len(next(iter(batch.values()))), 4)
+    count = min(_count(batch, shared), 4)
     together = model.read(batch, [output])[output][:count].astype(np.float64)
-    alone = np.concatenate([model.read({k: v[i : i + 1] for k, v in batch.items()}, [output])[output] for i in range(count)])
+    rows = ({k: v if k in shared else v[i : i + 1] for k, v in batch.items()} for i in range(count))
+    alone = np.concatenate([model.read(row, [output])[output] for row in rows])
     spread = max(float(together.std()), float(np.finfo(np.float32).tiny))
     return bool(np.abs(together - alone.astype(np.float64)).max() > BATCH_EFFECT * spread)
 
 
 def planted_defects(
-    model: Intervened, batch: Feed, kept: Mapping[str, npt.NDArray[np.int64]], outputs: Sequence[str]
+    model: Intervened,
+    batch: Feed,
+    kept: Mapping[str, npt.NDArray[np.int64]],
+    outputs: Sequence[str],
+    shared: frozenset[str] = frozenset(),
 ) -> dict[str, list[str]]:
     """Which sites show each of three defects, planted in a copy of the dense model while half of its units are interchanged.
 
@@ -163,7 +178,7 @@ def planted_defects(
     VerificationError
         The copy without defect gives other outputs.
     """
-    values, count = model.read(batch), len(next(iter(batch.values())))
+    values, count = model.read(batch), _count(batch, shared)
     rng = np.random.default_rng(0)
     settings: dict[str, Setting] = {}
     for patch in model.patches:

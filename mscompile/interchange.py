@@ -157,13 +157,13 @@ class Engine:
         self.answers = dict(outputs)
         self.output = next(iter(self.answers))
         self.metric = metric if metric is not None else default_metric(values[self.output])
-        check_patches("dense", self.dense, self.batch, list(self.answers))
-        check_patches("compiled", self.compiled, self.batch, list(self.answers.values()))
+        check_patches("dense", self.dense, self.batch, list(self.answers), samples.shared)
+        check_patches("compiled", self.compiled, self.batch, list(self.answers.values()), samples.shared)
         sites = [site.dense.tensor for site in pair.sites]
         cut = [output for output in self.answers if cuts_all_paths(pair.dense.proto, sites, output)]
         self.full_source_checked = len(cut) == len(self.answers)
         if cut:
-            check_full_source(self.dense, self.batch, cut)
+            check_full_source(self.dense, self.batch, cut, samples.shared)
 
     def trials(
         self,

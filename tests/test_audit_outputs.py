@@ -177,3 +177,27 @@ def test_the_command_and_replay(pair: Path, capsys: pytest.CaptureFixture[str]) 
     assert run(["audit", *given, "--output", "y", "--force", "-q"]) == 0
     assert run(["audit", *given, "--output", "y", "--output", "y", "--force"]) == 2
     assert run(["audit", *given, "--output", "none", "--force"]) == 2
+
+
+def test_what_goes_with_every_sample_is_no_sample(tmp_path: Path) -> None:
+    """A state of one row as the first input, and what becomes of it as an output: neither counts samples."""
+    nodes = [
+        helper.make_node("Add", ["state", "state"], ["next"]),
+        helper.make_node("ReduceSum", ["state"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["y", "sum"], ["z"]),
+    ]
+    model = mlp((FEATURES, 12, 3), extra=nodes, annotated=False)
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, [1, 4])
+    inputs = [state, *model.graph.input]
+    del model.graph.input[:], model.graph.output[:]
+    model.graph.input.extend(inputs)
+    model.graph.output.append(helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, 4]))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 3]))
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "dense.onnx")
+    onnx.save(onnx.load(tmp_path / "dense.onnx"), tmp_path / "small.onnx")
+    np.savez(tmp_path / "audit.npz", x=samples(300, seed=2), state=np.ones((1, 4), dtype=np.float32))
+    report = found(tmp_path)
+    assert (report.verdict, [output.dense for output in report.outputs]) == ("certified", ["z"])
+    assert report.batch_size == OPTIONS.batch_size
+    assert any("'next' is not compared" in warning for warning in report.warnings)
+    assert all(check.passed is not False for check in report.checks), report.checks

@@ -110,6 +110,8 @@ def choose_outputs(
     compiled: onnx.ModelProto,
     values: tuple[Arrays, Arrays],
     count: int,
+    *,
+    free: bool,
 ) -> tuple[tuple[Output, ...], list[str]]:
     """Pair the outputs up: those that are named, or all that give one result per sample in both models.
 
@@ -121,6 +123,8 @@ def choose_outputs(
         For every output, or ``OUTPUT=METRIC`` for one; None chooses by the values.
     values
         All outputs of either model on the same `count` samples.
+    free
+        Whether the models take any number of samples.
 
     Returns
     -------
@@ -135,7 +139,9 @@ def choose_outputs(
         None can.
     """
     answers = _answers(dense, compiled)
-    reasons = {name: _misfit(dense, name, answers.get(name), values, count) for name in (o.name for o in dense.graph.output)}
+    reasons = {
+        output.name: _misfit(output, answers.get(output.name), values, count, free=free) for output in dense.graph.output
+    }
     for name, weight in (named or {}).items():
         why = reasons.get(name, "the dense model has no such output") if 0.0 < weight < math.inf else "weights are positive"
         if why is not None:
@@ -170,17 +176,18 @@ def _answers(dense: onnx.ModelProto, compiled: onnx.ModelProto) -> dict[str, str
     return same or dict(zip(ours, theirs, strict=False))
 
 
-def _misfit(dense: onnx.ModelProto, name: str, answer: str | None, values: tuple[Arrays, Arrays], count: int) -> str | None:
+def _misfit(
+    output: onnx.ValueInfoProto, answer: str | None, values: tuple[Arrays, Arrays], count: int, *, free: bool
+) -> str | None:
     """Why an output cannot be compared."""
     if answer is None:
         return "the compiled model has none of that name"
-    a, b = values[0].get(name), values[1].get(answer)
+    a, b = values[0].get(output.name), values[1].get(answer)
     if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or {a.dtype.kind, b.dtype.kind} & set("OSU"):
         return "it is no tensor of numbers"
-    declared = next(output.type.tensor_type.shape.dim for output in dense.graph.output if output.name == name)
-    inputs = [i.type.tensor_type.shape.dim for i in dense.graph.input]
-    fixed = any(dims and dims[0].HasField("dim_value") for dims in inputs)
-    if a.shape[:1] != (count,) or b.shape[:1] != (count,) or (declared and declared[0].HasField("dim_value") and not fixed):
+    declared = output.type.tensor_type.shape.dim
+    one = free and bool(declared) and declared[0].HasField("dim_value")  # of a fixed number, whatever the samples
+    if a.shape[:1] != (count,) or b.shape[:1] != (count,) or one:
         return f"it is not one result per sample, but of shape {list(a.shape)} for {count} samples"
     return None if a.shape == b.shape else f"its shapes differ: {list(a.shape[1:])} and {list(b.shape[1:])} per sample"
 

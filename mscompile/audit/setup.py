@@ -142,9 +142,8 @@ def prepare(
     """
     notes = check_interfaces(dense, compiled)
     read, more = read_plan(plan, dense, compiled, provenance=options.provenance)
-    fixed = {
-        spec.shape[0] for model in (dense, compiled) for spec in model.specs if spec.shape and isinstance(spec.shape[0], int)
-    }
+    specs = [spec for model in (dense, compiled) for spec in model.specs if spec.name not in samples.shared]
+    fixed = {spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)}
     batch_size = int(min(fixed)) if fixed else options.batch_size
     count = min(batch_size, len(samples))
     first = next(samples.batches(count))
@@ -158,12 +157,13 @@ def prepare(
             ) from error
         raise
     found = found if origin is None else replace(found, origin=origin)
-    outputs, left_out = choose_outputs(options.outputs, options.metrics, dense.proto, compiled.proto, values, count)
+    asked = options.outputs, options.metrics
+    outputs, left_out = choose_outputs(*asked, dense.proto, compiled.proto, values, count, free=not fixed)
     pair = Pair(dense.skeleton, compiled.skeleton, found.sites)
     engine = Engine(pair, samples, batch_size=batch_size, outputs={o.dense: o.compiled for o in outputs})
     checks = [came, Check(name="null and self patch", passed=True, detail="no output bit changes, in either model")]
-    check_rows("dense", engine.dense, engine.batch)
-    check_rows("compiled", engine.compiled, engine.batch)
+    check_rows("dense", engine.dense, engine.batch, samples.shared)
+    check_rows("compiled", engine.compiled, engine.batch, samples.shared)
     checks.append(
         Check(
             name="full-source patch",
@@ -172,7 +172,7 @@ def prepare(
         )
     )
     kept = {site.dense.tensor: site.kept for site in found.sites}
-    defects = planted_defects(engine.dense, engine.batch, kept, list(engine.answers))
+    defects = planted_defects(engine.dense, engine.batch, kept, list(engine.answers), samples.shared)
     checks.append(
         Check(name="identity", passed=True, detail="the dense model agrees with itself under interchange, bit for bit")
     )
@@ -183,7 +183,7 @@ def prepare(
     if read is not None:
         checks.append(_check_fold(read, engine))
     if not fixed and any(
-        depends_on_batch(model, engine.batch, name)
+        depends_on_batch(model, engine.batch, name, samples.shared)
         for output, answer in engine.answers.items()
         for model, name in ((engine.dense, output), (engine.compiled, answer))
     ):
