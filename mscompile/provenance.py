@@ -90,4 +90,4 @@ def _tensor(tensor: ir.TensorProtocol) -> Iterator[Any]:
     if tensor.dtype == ir.DataType.STRING:
         yield tensor.numpy().ravel().tolist()
     else:
-        yield tensor.tobytes()
+        yield np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data  # mapped weights are not copied
