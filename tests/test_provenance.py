@@ -12,7 +12,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mscompile.files import from_proto, load_model, save_model
+from mscompile.files import save_model
+from mscompile.loading import from_proto, load_model
 from mscompile.provenance import PARTS, changed_parts, digests, seal
 
 
