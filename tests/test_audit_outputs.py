@@ -154,6 +154,8 @@ def test_a_counterexample_shows_the_output_that_differs(pair: Path) -> None:
     assert len(report.counterexample.dense_answer) == 2
     assert report.explanation is not None
     assert report.explanation.output == "y"
+    assert "the answers at <code>place</code> differ" in audit_html(report)
+    assert "Most of" not in audit_html(report)  # nothing differs at the output that is explained
 
 
 def test_another_model_is_compared_on_the_same_outputs(pair: Path) -> None:

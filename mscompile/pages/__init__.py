@@ -137,7 +137,8 @@ def _culprit(report: AuditReport) -> str:
         "Most of it is the interchange itself: the large network's other units keep base values.": blame.law or 0.0,
         "Most of it is the compensation: a better fit of the retained units exists.": blame.fold or 0.0,
     }
-    return max(parts, key=lambda text: parts[text])
+    largest = max(parts, key=lambda text: parts[text])
+    return largest if parts[largest] > 0.0 else ""
 
 
 def _audit_plots(report: AuditReport) -> dict[str, Markup]:
