@@ -2,9 +2,12 @@
 
     python -m mscompile.models train mlp --data MNIST_FOLDER -o FOLDER
     python tests/benchmarks/published.py FOLDER/mlp.onnx
+    python tests/benchmarks/published.py MNIST_FOLDER --seeds 3
 
 One site of 512 units is cut and nothing else; 2000 training images calibrate, and IIA is measured by interchanges on the
-10 000 test images, 5000 disjoint pairs a pass. The published network has the same shape and was trained elsewhere.
+10 000 test images, 5000 disjoint pairs a pass. The published network has the same shape and was trained elsewhere. Given a
+folder of MNIST instead of a model, networks are trained here by plain Adam, whose variances are spread as the published
+network's seem to be (`trainings.CUT`); figures are then means over the trainings, ± half their range.
 
 Columns (selection, replacement): VBP (variance, constant); random (random, constant; mean over several sets); affine of
 r = 8 retained parents (logit-mse score); affine of all retained units, fitted for interchange with p = 0.1 (logit-mse
@@ -14,6 +17,7 @@ nothing is published.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +33,9 @@ from candidates import (
     statistics_of,
     table,
 )
+from trainings import CALIBRATION, CUT, pixels, train_plainly
 
+from mscompile.data import Source
 from mscompile.dense import open_dense
 
 SOURCE = "A. Asiaee, Certified Interventional Fidelity, UAI 2026"
@@ -86,42 +92,69 @@ METHODS = {
 SWAPS = (0.1, 0.5)
 
 
-@click.command(help=__doc__.split("\n\n")[0])
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--site", default="relu_1", show_default=True, help="Site to cut, as `mscompile inspect` prints it.")
-@click.option("--keep", "keeps", multiple=True, type=int, default=(384, 256, 128, 64, 32, 16), show_default=True)
-@click.option("--passes", default=2, show_default=True, help="Pairings of the test set.")
-@click.option("--random-sets", default=5, show_default=True, help="Random sets behind the mean of their column.")
-def main(model: Path, site: str, keeps: tuple[int, ...], passes: int, random_sets: int) -> None:
-    """Print the table."""
+def measured(
+    model: Path, calib: Source, test: Source, site: str, keeps: tuple[int, ...], passes: int, random_sets: int
+) -> dict[str, np.ndarray]:
+    """[keeps, IIA at each swap and test accuracy] by method; the dense accuracy under `dense`."""
     dense = open_dense(model)
-    test = samples_of(dense, beside(model, "test"))
-    statistics = statistics_of(dense, samples_of(dense, beside(model, "calib")))
-    measured: dict[str, dict[int, list[float]]] = {}
+    samples = samples_of(dense, test)
+    statistics = statistics_of(dense, samples_of(dense, calib))
+    found: dict[str, np.ndarray] = {}
     for name, method in METHODS.items():
         runs = []
         for seed in range(random_sets if method.objective == "random" else 1):
             scores = scores_of(dense, statistics, method.objective, seed=seed)
             orders = orders_of(dense, statistics, scores, joint=method.joint, swap=method.swap)
-            run = {}
+            run = []
             for keep in keeps:
                 candidate = candidate_of(
                     dense, statistics, scores, orders, {site: keep}, method.replacement, swap=method.swap
                 )
-                interchange = candidate.interchange(test)
-                plain = interchange.plain(test)
-                iias = [accuracy_of_interchange(interchange, test, swap=swap, passes=passes) for swap in SWAPS]
-                run[keep] = [*iias, plain["accuracy_compiled"]]
+                interchange = candidate.interchange(samples)
+                plain = interchange.plain(samples)
+                iias = [accuracy_of_interchange(interchange, samples, swap=swap, passes=passes) for swap in SWAPS]
+                run.append([*iias, plain["accuracy_compiled"]])
+                found["dense"] = np.full((len(keeps), 1), plain["accuracy_dense"])
             runs.append(run)
-        measured[name] = {keep: np.mean([run[keep] for run in runs], axis=0).tolist() for keep in keeps}
+        found[name] = np.mean(runs, axis=0)
+    return found
+
+
+def cell(values: np.ndarray, reference: float | None) -> str:
+    """Mean over trainings, half their range, and the published figure."""
+    spread = f" ± {np.ptp(values) / 2:.4f}" if len(values) > 1 else ""
+    return f"{values.mean():.4f}{spread}" + ("" if reference is None else f" ({reference:.3f})")
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("source", metavar="MODEL|MNIST_FOLDER", type=click.Path(exists=True, path_type=Path))
+@click.option("--site", default="relu_1", show_default=True, help="Site to cut, as `mscompile inspect` prints it.")
+@click.option("--keep", "keeps", multiple=True, type=int, default=(384, 256, 128, 64, 32, 16), show_default=True)
+@click.option("--passes", default=2, show_default=True, help="Pairings of the test set.")
+@click.option("--random-sets", default=5, show_default=True, help="Random sets behind the mean of their column.")
+@click.option("--seeds", default=3, show_default=True, help="Networks to train, where a folder is given.")
+def main(source: Path, site: str, keeps: tuple[int, ...], passes: int, random_sets: int, seeds: int) -> None:
+    """Print the table."""
+    how = site, keeps, passes, random_sets
+    if source.is_file():
+        runs = [measured(source, beside(source, "calib"), beside(source, "test"), *how)]
+    else:
+        train, test = pixels(source)
+        calib = {name: array[:CALIBRATION] for name, array in train.items()}
+        runs = []
+        with tempfile.TemporaryDirectory() as folder:
+            for seed in range(seeds):
+                model = Path(folder) / f"{seed}.onnx"
+                train_plainly(train, seed, model, CUT)
+                runs.append(measured(model, calib, test, *how))
     rows: list[list[object]] = []
-    for keep in keeps:
-        for number, what in enumerate([*(f"IIA, p = {swap:g}" for swap in SWAPS), "test accuracy"]):
-            swap = SWAPS[number] if number < len(SWAPS) else 0.0
-            found = ((measured[name][keep][number], PUBLISHED.get((name, keep, swap))) for name in METHODS)
-            cells = [f"{value:.4f}" + ("" if reference is None else f" ({reference:.3f})") for value, reference in found]
-            rows.append([keep, what, *cells])
-    rows.append([dense.scm.site(site).size, "test accuracy", *[f"{plain['accuracy_dense']:.4f}"] * len(METHODS)])
+    for row, keep in enumerate(keeps):
+        for column, what in enumerate([*(f"IIA, p = {swap:g}" for swap in SWAPS), "test accuracy"]):
+            published = [PUBLISHED.get((name, keep, SWAPS[column])) if column < len(SWAPS) else None for name in METHODS]
+            cells = [np.array([run[name][row, column] for run in runs]) for name in METHODS]
+            rows.append([keep, what, *map(cell, cells, published)])
+    whole = cell(np.array([run["dense"][0, 0] for run in runs]), None)
+    rows.append(["all", "test accuracy", *[whole] * len(METHODS)])
     print(table([f"units kept at `{site}`", f"measured (in brackets: {SOURCE})", *METHODS], rows))
 
 

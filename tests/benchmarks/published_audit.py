@@ -17,47 +17,24 @@ numbers lie within 4.3, not 2.
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 from candidates import candidate_of, orders_of, samples_of, scores_of, statistics_of, table
 from published import PUBLISHED
+from trainings import CALIBRATION, pixels, train_plainly
 
 from mscompile.audit.claims import stream
 from mscompile.audit.inputs import open_model
 from mscompile.audit.setup import AuditOptions, prepare
 from mscompile.dense import open_dense
 from mscompile.files import save_model
-from mscompile.models import mnist
 from mscompile.reporting import stamp
 
-RATE, EPOCHS, BATCH = 1e-3, 5, 128
-MEAN, STD = 0.1307, 0.3081
 SWAPS = (0.1, 0.5)
 METHODS = {"VBP": "variance", "random": "random"}
-
-
-def trained(train: tuple[np.ndarray, np.ndarray], test: np.ndarray, seed: int, target: Path) -> None:
-    """Train the network by plain Adam and write its file."""
-    torch: Any = importlib.import_module("torch")
-    from mscompile.models.architectures import ARCHITECTURES
-    from mscompile.models.export import export
-
-    torch.manual_seed(seed)
-    net = ARCHITECTURES["mlp"].build()
-    optimiser = torch.optim.Adam(net.parameters(), RATE)
-    x, y = torch.from_numpy(train[0]), torch.from_numpy(train[1])
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(x)).split(BATCH):
-            loss = torch.nn.functional.cross_entropy(net(x[rows]), y[rows])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    export(net, test[:4], target)
 
 
 def measured(
@@ -104,15 +81,13 @@ def compared(draws: np.ndarray, published: float) -> str:
 @click.option("--trials", default=5000, show_default=True, help="Interchanges behind each number.")
 def main(data: Path, keeps: tuple[int, ...], seeds: int, random_sets: int, trials: int) -> None:
     """Print the table."""
-    (train, labels), (test, _) = mnist.read(data)
-    x, held_out = ((part.reshape(-1, 784).astype(np.float32) / 255 - MEAN) / STD for part in (train, test))
-    x, held_out = x.astype(np.float32), held_out.astype(np.float32)
+    train, test = pixels(data)
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             model = Path(folder) / "dense.onnx"
-            trained((x, labels.astype(np.int64)), held_out, seed, model)
-            runs.append(measured(model, {"x": x[:2000]}, {"x": held_out}, keeps, random_sets, trials))
+            train_plainly(train, seed, model)
+            runs.append(measured(model, {"x": train["x"][:CALIBRATION]}, {"x": test["x"]}, keeps, random_sets, trials))
     rows = []
     for keep in keeps:
         for number, swap in enumerate(SWAPS):
