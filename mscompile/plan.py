@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -292,10 +293,8 @@ def make_plan(
         if heads is not None and len(heads) <= len(retained) and all(np.isin(site.units, heads).any() for site in sites):
             sets.append(heads)
         free = order[: (lossless or {}).get(group, 0)]
-        plans = [
-            _plan_group(sites, statistics, scores, kept, replacement, swap, free, predicted or len(sets) > 1, factors or {})
-            for kept in sets
-        ]
+        fitting = _Fitting(statistics, scores, replacement, swap, free, predicted or len(sets) > 1, factors or {})
+        plans = [fitting.group(sites, kept) for kept in sets]
         planned += min(plans, key=lambda entries: sum(entry.predicted_risk or 0.0 for entry in entries))
     place = {site.tensor: i for i, site in enumerate(scm.sites)}
     planned.sort(key=lambda entry: place[entry.tensor])
@@ -304,74 +303,66 @@ def make_plan(
     )
 
 
-def _plan_group(
-    sites: Sequence[Site],
-    statistics: Statistics,
-    scores: Scores,
-    kept_units: IntArray,
-    replacement: str,
-    swap: float,
-    free: IntArray,
-    predicted: bool,
-    factors: Mapping[str, Factor],
-) -> list[SitePlan]:
-    """`free` units cost nothing where least squares folds them."""
-    cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
-    if np.isin(np.concatenate([site.units for site in cut]) if cut else free, np.union1d(kept_units, free)).all():
-        swap = 0.0
-    return [_plan_site(site, statistics, scores, kept_units, replacement, swap, free, predicted, factors) for site in cut]
+@dataclass(frozen=True)
+class _Fitting:
+    """How replacements of a group are fitted; `free` units cost nothing where least squares folds them."""
 
+    statistics: Statistics
+    scores: Scores
+    replacement: str
+    swap: float
+    free: IntArray
+    predicted: bool
+    factors: Mapping[str, Factor]
 
-def _plan_site(
-    site: Site,
-    statistics: Statistics,
-    scores: Scores,
-    kept_units: IntArray,
-    replacement: str,
-    swap: float,
-    free: IntArray,
-    predicted: bool,
-    factors: Mapping[str, Factor],
-) -> SitePlan:
-    stays = np.isin(site.units, kept_units)
-    kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
-    moments = statistics.moments[site.tensor]
-    if len(kept) == 0:
-        raise GoalError(
-            "no unit of a site would be left",
-            where=site.tensor,
-            why="units of the same group are all that is kept",
-            hint="keep more units",
-        )
-    if replacement == CONSTANT:
-        fit = Fit(scores.constants[site.tensor][replaced], None)
-    elif site.rows is not None:
-        fit = fit_by_row(AFFINE_FITS[replacement], moments, kept, replaced, swap, site.rows)
-    elif site.tensor in factors and factors[site.tensor].fits(kept, swap):
-        fit = factors[site.tensor].fit(kept, replaced)
-    else:
-        fit = AFFINE_FITS[replacement](moments, kept, replaced, swap)
-    windows: tuple[WindowPlan, ...] = ()
-    if replacement == WINDOWED:
-        windows = tuple(_plan_windows(site, statistics, kept, replaced, swap))
-    risk = None
-    if predicted and scores.basis[site.tensor].startswith(MEASURABLE):
-        error = fit.error_moment(moments, kept, replaced)
-        risk = 0.5 * float(np.sum(joint_curvature(site, statistics)[np.ix_(replaced, replaced)] * error))
-    fields: dict[str, Any] = {
-        "name": site.tensor,
-        "tensor": site.tensor,
-        "axis": site.axis,
-        "size": site.size,
-        "kept": kept,
-        "lossless": replaced[np.isin(site.units[replaced], free)],
-        "constants": fit.constants,
-        "affine": fit.matrix,
-        "windows": windows,
-        "basis": scores.basis[site.tensor],
-        "predicted_risk": risk,
-    }
-    return SitePlan(**fields)
+    def group(self, sites: Sequence[Site], kept_units: IntArray) -> list[SitePlan]:
+        """Plans of the sites that lose units."""
+        cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
+        lost = np.concatenate([site.units for site in cut]) if cut else self.free
+        lossless = np.isin(lost, np.union1d(kept_units, self.free)).all()
+        return [self.site(site, kept_units, 0.0 if lossless else self.swap) for site in cut]
+
+    def site(self, site: Site, kept_units: IntArray, swap: float) -> SitePlan:
+        """Plan of one site."""
+        stays = np.isin(site.units, kept_units)
+        kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
+        moments = self.statistics.moments[site.tensor]
+        if len(kept) == 0:
+            raise GoalError(
+                "no unit of a site would be left",
+                where=site.tensor,
+                why="units of the same group are all that is kept",
+                hint="keep more units",
+            )
+        if self.replacement == CONSTANT:
+            fit = Fit(self.scores.constants[site.tensor][replaced], None)
+        elif site.rows is not None:
+            fit = fit_by_row(AFFINE_FITS[self.replacement], moments, kept, replaced, swap, site.rows)
+        elif site.tensor in self.factors and self.factors[site.tensor].fits(kept, swap):
+            fit = self.factors[site.tensor].fit(kept, replaced)
+        else:
+            fit = AFFINE_FITS[self.replacement](moments, kept, replaced, swap)
+        windows: tuple[WindowPlan, ...] = ()
+        if self.replacement == WINDOWED:
+            windows = tuple(_plan_windows(site, self.statistics, kept, replaced, swap))
+        risk = None
+        if self.predicted and self.scores.basis[site.tensor].startswith(MEASURABLE):
+            error = fit.error_moment(moments, kept, replaced)
+            risk = 0.5 * float(np.sum(joint_curvature(site, self.statistics)[np.ix_(replaced, replaced)] * error))
+        fields: dict[str, Any] = {
+            "name": site.tensor,
+            "tensor": site.tensor,
+            "axis": site.axis,
+            "size": site.size,
+            "kept": kept,
+            "lossless": replaced[np.isin(site.units[replaced], self.free)],
+            "constants": fit.constants,
+            "affine": fit.matrix,
+            "windows": windows,
+            "basis": self.scores.basis[site.tensor],
+            "predicted_risk": risk,
+        }
+        return SitePlan(**fields)
 
 
 def _plan_windows(

@@ -99,11 +99,6 @@ class _State:
             self.units, self.alive = self.units[left], self.alive[left]
 
 
-def additive_order(sites: Sequence[Site], scores: Scores) -> IntArray:
-    """Units of a group in the order they go by the sum of their scores at its sites, least first; what stays is last."""
-    return eliminate_by_score(sites, scores).order
-
-
 def eliminate_by_score(sites: Sequence[Site], scores: Scores) -> Elimination:
     """Elimination by the sum of each unit's scores at the sites of its group, which are taken to add up."""
     units, total = _totals(sites)
@@ -118,11 +113,6 @@ def _totals(sites: Sequence[Site]) -> tuple[IntArray, Array]:
     units = np.unique(np.concatenate([site.units for site in sites]))
     fixed = np.concatenate([site.units[~site.free] for site in sites])
     return units, np.where(np.isin(units, fixed), np.inf, 0.0)
-
-
-def joint_order(sites: Sequence[Site], statistics: Statistics, swap: float) -> IntArray:
-    """Units of a group in the order they go by backward elimination; `swap` is that of the affine fit."""
-    return eliminate_jointly(sites, statistics, swap).order
 
 
 def dependent_units(sites: Sequence[Site], statistics: Statistics) -> IntArray:

@@ -214,16 +214,15 @@ def sites_of(walk: Walk) -> Callable[[IntArray, Mapping[int, Refusal], Sequence[
                 refusal,
                 tuple(one.pairing for one in ones if one.pairing is not None),
                 stays if stays.any() else None,
-                _rows(ones, root),
+                _rows(ones),
             )
 
     return settle
 
 
-def _rows(ones: Sequence[_Found], root: IntArray) -> IntArray | None:
+def _rows(ones: Sequence[_Found]) -> IntArray | None:
     """The coarsest rows that keep apart what any reader keeps apart."""
     told = [one.rows for one in ones if one.rows is not None]
-    del root
     if not told:
         return None
     rows: IntArray = np.unique(np.stack(told), axis=1, return_inverse=True)[1].ravel().astype(np.int64)

@@ -12,7 +12,7 @@ import pytest
 from mscompile.replacements import RIDGE, fit_affine, interchanged, stabilise
 from mscompile.scm import Site
 from mscompile.scores import Scores
-from mscompile.selection import additive_order, eliminate_jointly, joint_order, retained_units
+from mscompile.selection import eliminate_by_score, eliminate_jointly, retained_units
 from mscompile.statistics import Curvature, Moments, Statistics
 from mscompile.units import Block
 
@@ -79,7 +79,7 @@ def test_joint_order_of_one_site(size: int, positions: bool, swap: float) -> Non
     common = {"h": random_covariance(rng, size, 3) * 0.1}
     known = statistics({"h": sigma + common["h"]}, {"h": random_covariance(rng, size)}, common if positions else None)
     sites = [site("h", np.arange(size) + 3)]
-    assert joint_order(sites, known, swap).tolist() == afresh(sites, known, swap)
+    assert eliminate_jointly(sites, known, swap).order.tolist() == afresh(sites, known, swap)
 
 
 @pytest.mark.parametrize("swap", [0.0, 0.1])
@@ -88,9 +88,9 @@ def test_joint_order_of_two_sites(swap: float) -> None:
     rng = np.random.default_rng(5)
     sites = [site("h", np.arange(30)), site("g", rng.permutation(np.arange(10, 40)))]
     known = statistics(*({name: random_covariance(rng, 30) for name in ("h", "g")} for _ in range(2)))
-    order = joint_order(sites, known, swap)
+    order = eliminate_jointly(sites, known, swap).order
     assert order.tolist() == afresh(sites, known, swap)
-    assert order.tolist() != joint_order(sites[:1], known, swap).tolist()
+    assert order.tolist() != eliminate_jointly(sites[:1], known, swap).order.tolist()
 
 
 def test_joint_order_goes_by_the_increase_of_the_risk() -> None:
@@ -104,7 +104,7 @@ def test_joint_order_goes_by_the_increase_of_the_risk() -> None:
         error = fit_affine(known.moments["h"], k, p, 0.0).error_moment(known.moments["h"], k, p)
         return 0.5 * float(np.sum(second[np.ix_(p, p)] * error))
 
-    order = joint_order([site("h", np.arange(size))], known, 0.0).tolist()
+    order = eliminate_jointly([site("h", np.arange(size))], known, 0.0).order.tolist()
     for step in range(size - 1):
         least = min(risk([*order[:step], other]) for other in order[step:])
         assert risk(order[: step + 1]) <= least * (1 + RIDGES)
@@ -113,7 +113,7 @@ def test_joint_order_goes_by_the_increase_of_the_risk() -> None:
 def test_many_units_go_in_blocks() -> None:
     rng, size = np.random.default_rng(3), 400
     known = statistics({"h": random_covariance(rng, size)}, {"h": random_covariance(rng, size)})
-    order = joint_order([site("h", np.arange(size))], known, 0.1)
+    order = eliminate_jointly([site("h", np.arange(size))], known, 0.1).order
     assert sorted(order) == list(range(size))
     bracket = interchanged(known.moments["h"].covariance, np.zeros((size, size)), 0.1)
     stabilise(bracket)
@@ -132,8 +132,8 @@ def test_rescaled_units_are_chosen_alike(seed: int, swap: float) -> None:
     alpha = 10.0 ** rng.uniform(-1, 1, size)
     scale = np.outer(alpha, alpha)
     sites = [site("h", np.arange(size))]
-    plain = joint_order(sites, statistics({"h": sigma}, {"h": second}), swap)
-    rescaled = joint_order(sites, statistics({"h": sigma * scale}, {"h": second / scale}), swap)
+    plain = eliminate_jointly(sites, statistics({"h": sigma}, {"h": second}), swap).order
+    rescaled = eliminate_jointly(sites, statistics({"h": sigma * scale}, {"h": second / scale}), swap).order
     for keep in range(8, size, 8):
         a, b = set(plain[-keep:].tolist()), set(rescaled[-keep:].tolist())
         assert len(a & b) / len(a | b) == 1.0
@@ -155,7 +155,7 @@ def test_dead_units_go_first(death: str, swap: float) -> None:
         mixture[dead] = 0.0
         mixture[dead, dead - 1] = 2.0
         sigma = mixture @ sigma @ mixture.T
-    order = joint_order([site("h", np.arange(size))], statistics({"h": sigma}, {"h": second}), swap)
+    order = eliminate_jointly([site("h", np.arange(size))], statistics({"h": sigma}, {"h": second}), swap).order
     gone = set(order[: len(dead)].tolist())
     if death == "redundant":  # either of the two may go
         assert {min(abs(dead - u)) for u in gone} <= {0, 1}
@@ -168,8 +168,13 @@ def test_additive_order_sums_scores_over_sites() -> None:
     sites = [site("h", [4, 5, 6, 7]), site("g", [7, 6, 5])]
     risk = {"h": np.array([3.0, 1.0, 2.0, 0.5]), "g": np.array([4.0, 0.0, 1.0])}
     scores = Scores("random", risk, {}, {})
-    assert additive_order(sites, scores).tolist() == [5, 6, 4, 7]  # 2, 2, 3 and 4.5; ties in the order of the units
-    assert additive_order(sites[:1], scores).tolist() == [7, 5, 6, 4]
+    assert eliminate_by_score(sites, scores).order.tolist() == [
+        5,
+        6,
+        4,
+        7,
+    ]  # 2, 2, 3 and 4.5; ties in the order of the units
+    assert eliminate_by_score(sites[:1], scores).order.tolist() == [7, 5, 6, 4]
 
 
 # --- dependent units --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mscompile.options import Options
 from mscompile.plan import Keep, Plan, make_plan, resolve_keep
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.scores import OBJECTIVES, Scores, score
-from mscompile.selection import additive_order, joint_order
+from mscompile.selection import eliminate_by_score, eliminate_jointly
 from mscompile.sizes import count_parameters
 from mscompile.statistics import Statistics
 from mscompile.verify import Interchange, Law, Pair, make_pair
@@ -60,7 +60,7 @@ def orders_of(
 ) -> dict[int, IntArray]:
     """The order in which the units of every group go: by score, or jointly for affine maps fitted for `swap`."""
     return {
-        group: joint_order(sites, statistics, swap) if joint else additive_order(sites, scores)
+        group: eliminate_jointly(sites, statistics, swap).order if joint else eliminate_by_score(sites, scores).order
         for group, sites in dense.groups.items()
     }
 
