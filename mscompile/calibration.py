@@ -15,8 +15,10 @@ import numpy as np
 import onnxruntime as ort
 
 from mscompile.data import Samples
-from mscompile.errors import UsageError
+from mscompile.errors import ResourceError, UsageError
+from mscompile.files import weight_bytes
 from mscompile.instrument import Instrument, Measure
+from mscompile.runs.limits import gigabytes
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.scm import Scm, Site
@@ -31,6 +33,10 @@ GROUP_BYTES = 1 << 30
 """Bytes of channel-by-channel sums in the making; sites beyond it wait for another pass over the data."""
 BYTES = 24
 """Per entry: in float32 before and after a batch, in float64 on the way and in total."""
+MOST_PASSES = 16
+"""Passes over the data that a site may take under a memory limit."""
+PROGRAM_BYTES, WEIGHT_COPIES = 1 << 28, 4
+"""What the program takes by itself; copies of the weights while a graph goes into onnxruntime."""
 
 
 def calibrate(
@@ -55,6 +61,9 @@ def calibrate(
     DataError
         Labels are needed and missing.
     """
+    opset = scm.model.graph.opset_imports.get("", 1)
+    if run.memory is not None:
+        memory = min(memory, _room(run.memory, scm, sites, samples, measure, opset))
     whole: Statistics | None = None
     stage = run.work.stage(
         "calibrate",
@@ -65,7 +74,7 @@ def calibrate(
         memory=memory,
     )
     shards = Shards(samples, batch_size)
-    for number, (group, blocks) in enumerate(_groups(sites, measure, scm.model.graph.opset_imports.get("", 1), memory)):
+    for number, (group, blocks) in enumerate(_groups(sites, measure, opset, memory)):
         parts = [
             # What is no outer product is the same in every pass.
             _pass(
@@ -89,13 +98,11 @@ def _groups(
     sites: Sequence[Site], measure: Measure, opset: int, memory: int
 ) -> Iterator[tuple[list[Site], list[slice | None]]]:
     """Sites that are summed together, and the blocks of channels that the outer products of a large one are summed in."""
-    squares = measure.covariance + measure.covariance * measure.shared + measure.second
     group: list[Site] = []
     used = 0
     for site in sites:
-        seen = [window_of(site, reader, opset) for reader in site.readers] if measure.windows else []
-        features = sum(window.features**2 for window in seen if window is not None) * (1 + measure.shared)
-        size = BYTES * (squares * site.size**2 + features)
+        squares, features = _entries(site, measure, opset)
+        size = BYTES * (squares * site.size + features)
         if group and used + size > memory:
             yield group, [None]
             group, used = [], 0
@@ -107,6 +114,38 @@ def _groups(
         used += size
     if group:
         yield group, [None]
+
+
+def _entries(site: Site, measure: Measure, opset: int) -> tuple[int, int]:
+    """Numbers in the outer products of a site: per channel, and of what its readers see at once."""
+    squares = measure.covariance + measure.covariance * measure.shared + measure.second
+    seen = [window_of(site, reader, opset) for reader in site.readers] if measure.windows else []
+    features = sum(window.features**2 for window in seen if window is not None) * (1 + measure.shared)
+    return squares * site.size, features
+
+
+def _room(limit: int, scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, opset: int) -> int:
+    """Bytes that a memory limit leaves for sums in the making. Estimated, not measured: passes are to be the same each time.
+
+    Raises
+    ------
+    ResourceError
+        They would not do for the largest site in `MOST_PASSES` passes.
+    """
+    entries = [_entries(site, measure, opset) for site in sites]
+    found = sum(8 * (squares * site.size + features) for site, (squares, features) in zip(sites, entries, strict=True))
+    data, weights = sum(array.nbytes for array in samples.inputs.values()), WEIGHT_COPIES * weight_bytes(scm.model)
+    largest = zip(sites, entries, strict=True)
+    least = max(BYTES * (squares * -(-site.size // MOST_PASSES) + features) for site, (squares, features) in largest)
+    if (needed := PROGRAM_BYTES + data + weights + found + least) > limit:
+        raise ResourceError(
+            "the memory limit is too low for calibration",
+            where=f"--memory-limit {gigabytes(limit)}",
+            why=f"about {gigabytes(needed)} are needed: {gigabytes(weights)} for the model, {gigabytes(data)} for the data, "
+            f"{gigabytes(found)} for what is found, {gigabytes(PROGRAM_BYTES + least)} to work",
+            hint="raise it, name fewer sites with --only, or use --replacement constant, which needs no covariances",
+        )
+    return limit - needed + least
 
 
 def _stacked(parts: Sequence[Statistics]) -> Statistics:

@@ -17,12 +17,10 @@ import click
 
 from mscompile.audit.commands import audit_command, report_command
 from mscompile.errors import MscompileError, ResourceError, UsageError
-from mscompile.providers import choose
-from mscompile.runs.command import RUNNING, running
+from mscompile.runs.command import HOW, RUNNING, running
 from mscompile.stage_commands import (
     ANCHORS,
     OUTPUTS,
-    PROVIDER,
     TRUST,
     apply_command,
     calibrate_command,
@@ -133,7 +131,8 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option("--only", metavar="REGEX", help="Cut only sites whose name matches.")
 @click.option("--freeze", metavar="REGEX", help="Never cut sites whose name matches.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="PATH", help="One offline page to write.")
-@with_options(*RUNNING, PROVIDER, TRUST)
+@with_options(*RUNNING)
+@TRUST
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -155,8 +154,6 @@ def compile_command(
     verbose: int,
     force: bool,
     dry_run: bool,
-    work: Path | None,
-    resume: bool,
     **chosen: Any,
 ) -> None:
     """Compile MODEL into a smaller, verified ONNX file."""
@@ -172,11 +169,12 @@ def compile_command(
         )
     if fidelity is not None:
         chosen["fidelity"] = fidelity
+    how = {name: chosen.pop(name) for name in HOW}
     options = Options(keep=parse_keep(keep), output=parse_outputs(outputs), **chosen)
     if html is not None:
         output_conflict([html], force=force, inputs=[model])
     silent = quiet or as_json
-    with running(work=work, resume=resume, cache=options.cache) as run, bars(silent=silent) as progress:
+    with running(cache=options.cache, **how) as run, bars(silent=silent) as progress:
         result = compile_model(
             model,
             calib,
@@ -414,8 +412,13 @@ def _crash(error: Exception, command: str) -> MscompileError:
     return MscompileError("this is a bug in mscompile", where=where, why=f"{type(error).__name__}: {error}", hint=hint)
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise End(143)
+_ENDED: list[End | KeyboardInterrupt] = []
+"""What a signal has raised: in some places, such as imports of compiled modules, it comes out as an error of theirs."""
+
+
+def _end(number: int, _: object) -> NoReturn:
+    _ENDED.append(KeyboardInterrupt() if number == signal.SIGINT else End(143))
+    raise _ENDED[-1]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -428,15 +431,14 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _quiet_libraries(verbosity):
             code = cli.main(args=list(arguments), prog_name="mscompile", standalone_mode=False, obj=command)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        say("mscompile: interrupted")
-        return 130
-    except End as end:
-        return end.code
+    except (click.exceptions.Abort, KeyboardInterrupt, End) as end:
+        return _ended(end)
     except click.ClickException as error:
         say(error_text(_usage_error(error), width_of(sys.stderr)))
         return UsageError.exit_code
     except Exception as error:
+        if _ENDED:
+            return _ended(_ENDED[-1])
         if verbosity >= 2:
             traceback.print_exc()
         if isinstance(error, MemoryError):
@@ -447,8 +449,15 @@ def run(arguments: Sequence[str]) -> int:
         return ours.exit_code
     finally:
         TRIALS.end()
-        choose("cpu")
     return code if isinstance(code, int) else 0
+
+
+def _ended(end: BaseException) -> int:
+    """Exit code of a run that a signal has ended."""
+    if isinstance(end, End):
+        return end.code
+    say("mscompile: interrupted")
+    return 130
 
 
 @contextlib.contextmanager
@@ -466,5 +475,7 @@ def _quiet_libraries(verbosity: int) -> Iterator[None]:
 
 def main() -> NoReturn:
     """Entry point."""
-    signal.signal(signal.SIGTERM, _terminate)  # unwinding removes temporary files
+    signal.signal(signal.SIGTERM, _end)  # unwinding removes temporary files
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, _end)
     sys.exit(run(sys.argv[1:]))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mscompile.errors import UsageError
-from mscompile.providers import TITLES, Provider, choose
-from mscompile.runs.command import RUNNING, running
+from mscompile.runs.command import HOW, RUNNING, running
 from mscompile.terminal import answer, bars, plain, say, table, width_of
 from mscompile.trial import TRIALS
 
@@ -36,21 +35,6 @@ TRUST = click.option(
     expose_value=False,
     callback=_try_models,
     help="Take the model in without a trial in a process of its own, within limits of memory and time.",
-)
-
-
-def _choose_provider(_: click.Context, __: click.Parameter, name: Provider) -> None:
-    choose(name)
-
-
-PROVIDER = click.option(
-    "--provider",
-    type=click.Choice(list(TITLES)),
-    default="cpu",
-    show_default=True,
-    expose_value=False,
-    callback=_choose_provider,
-    help="Where onnxruntime runs.",
 )
 FORCE = click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 ANCHORS = click.option(
@@ -182,7 +166,7 @@ def check_page(checks: Sequence[SiteCheck]) -> str:
 )
 @click.option("--svg", type=click.Path(path_type=Path), help="Write the plot of --check.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write table and plot of --check.")
-@with_options(*SCORING, *DATA, *RUNNING, PROVIDER, TRUST)
+@with_options(*SCORING, *DATA, *RUNNING, TRUST)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def calibrate_command(
@@ -195,8 +179,6 @@ def calibrate_command(
     force: bool,
     calib: str | None,
     verbose: int,
-    work: Path | None,
-    resume: bool,
     **chosen: Any,
 ) -> None:
     """Collect the statistics of MODEL's sites over calibration data."""
@@ -211,8 +193,9 @@ def calibrate_command(
         raise UsageError("there is nothing to plot", where="--svg, --html", why="no unit is checked", hint="add --check 50")
     output_conflict(list(pages), force=force)
     target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
+    how = {name: chosen.pop(name) for name in HOW}
     options = Options(output=parse_outputs(outputs), **chosen)
-    with running(work=work, resume=resume, cache=options.cache) as run, bars(silent=False) as progress:
+    with running(cache=options.cache, **how) as run, bars(silent=False) as progress:
         found = calibrate_model(model, calib, target, options, check=check, force=force, run=run, progress=progress)
     for note in found.notes:
         say(f"warning: {plain(note, 1000)}", fg="yellow")
@@ -252,7 +235,7 @@ def plan_command(
 @MODEL
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.ms.onnx]")
-@with_options(*DATA, PROVIDER, TRUST)
+@with_options(*DATA, TRUST)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def apply_command(

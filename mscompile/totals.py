@@ -30,7 +30,7 @@ def total(
     batches = [math.ceil(count / shards.batch_size) for count in shards.counts()]
     with counting(progress, "calibrate", sum(batches)) as tick:
         tick(sum(batches) - sum(batches[i] for i in missing))
-        for number, found in run.map(summation, missing, shards.cut, tick):
+        for number, found in run.map(summation, missing, shards.cut, tick, batches):
             merging.take(number, found)
     stage.keep(name, Parcel({}, merging.totals))
     merging.drop()

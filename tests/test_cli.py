@@ -796,3 +796,112 @@ def test_inspect_names_the_weights_of_the_model(run: Run, small: Path):
     assert {entry["tensor"]: entry["shape"] for entry in document["coverage"]} == {
         name: list(weight(mlp(), name).shape) for name in ("w0", "w1", "w2")
     }
+
+
+# --- long runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--memory-limit", "1GBit"), 2, "limit cannot be read"),
+        (("--memory-limit", "0"), 2, "limit cannot be read"),
+        (("--time-limit", "soon"), 2, "limit cannot be read"),
+        (("--workers", "many"), 2, "no such workers"),
+        (("--work", "w", "--no-cache"), 2, "contradict"),
+        (("--memory-limit", "1MiB"), 8, "are needed"),
+        (("--time-limit", "0.01s"), 8, "time limit is reached"),
+        (("--work", "m.onnx"), 8, "work folder cannot be written"),
+    ],
+)
+def test_limits_and_how_to_run(run: Run, small: Path, arguments: tuple[str, ...], code: int, words: str):
+    before = written(small.parent)
+    refused(run(small, *KEEP, *arguments), code, words)
+    assert written(small.parent) == before
+
+
+@pytest.mark.parametrize("command", [("m.onnx", *KEEP), ("calibrate", "m.onnx")])
+def test_a_second_run_finds_what_the_first_has_found(run: Run, small: Path, command: tuple[str, ...]):
+    outputs = []
+    here = ("--work", "w")
+    for more, reuses in (
+        (here, False),
+        ((*here, "--force"), True),
+        ((*here, "--force", "--no-resume"), False),
+        (("--force", "--no-cache"), False),
+        ((*here, "--force", "--workers", "2"), True),
+    ):
+        ran = run(*command, *more)
+        assert ran.code == 0, ran.err
+        outputs.append([path.read_bytes() for path in sorted(small.parent.glob("m.*s.*")) if "report" not in path.name])
+        assert ("found in the work folder" in ran.err) == (reuses and command[0] == "m.onnx")
+    assert outputs[0]
+    assert all(found == outputs[0] for found in outputs)
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch):
+    from mscompile.candidates import Workshop
+
+    def stop(*_: object, **__: object) -> None:
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workshop, "make", stop)
+        refused(run(small, *KEEP, "--work", "w", "--time-limit", "2s"), 8, "goes on from what is in w")
+        patch.setattr(Workshop, "make", interrupt)
+        ran = run(small, *KEEP, "--work", "w")
+        assert ran.code == 130
+        assert "goes on from what is in w" in ran.err
+        np.savez(small.parent / "m.calib.npz", x=samples(seed=9))
+        refused(run(small, *KEEP, "--work", "w"), 4, "the data changed since")
+    assert run(small, *KEEP, "--work", "w", "--no-resume").code == 0
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_data_that_changes_during_the_run(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch):
+    from mscompile.candidates import Workshop
+
+    make = Workshop.make
+
+    def change(*arguments: Any, **named: Any) -> Any:
+        np.savez(small.parent / "m.calib.npz", x=samples(seed=9))
+        return make(*arguments, **named)
+
+    monkeypatch.setattr(Workshop, "make", change)
+    refused(run(small, *KEEP), 4, "the data changed during the run")
+    assert sorted(path.name for path in small.parent.iterdir()) == ["m.calib.npz", "m.onnx"]
+
+
+def test_memory_that_is_taken_is_seen(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch):
+    from mscompile.candidates import Workshop
+    from mscompile.runs import limits
+
+    taken = 0
+
+    def take(*_: object, **__: object) -> None:
+        nonlocal taken
+        taken = 2 << 30
+        time.sleep(60)
+
+    monkeypatch.setattr(limits, "_resident", lambda: taken)
+    monkeypatch.setattr(limits, "HARD", 99.0)
+    monkeypatch.setattr(Workshop, "make", take)
+    refused(run(small, *KEEP, "--memory-limit", "1GB"), 8, "memory limit is reached", "2.15 GB are in use")
+
+
+def test_a_full_disk_leaves_the_old_output(small: Path):
+    (small.parent / "m.ms.onnx").write_bytes(b"old")
+    before = written(small.parent)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    script = f"{limit}; from mscompile.cli import main; main()"
+    arguments = [str(small), *KEEP, "--force", "--no-cache"]
+    root = str(Path(mscompile.__file__).parents[1])
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    refused(Ran(ran.returncode, ran.stdout, ran.stderr), 8, "File too large")
+    assert written(small.parent) == before

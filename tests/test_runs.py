@@ -125,9 +125,11 @@ class Watched(Run):
     order: tuple[int, ...] | None = None
     numbers: list[int] = field(default_factory=list)
 
-    def map(self, task: Task, numbers: Sequence[int], cut: Cut, tick: Tick) -> Iterator[tuple[int, Parcel]]:
+    def map(
+        self, task: Task, numbers: Sequence[int], cut: Cut, tick: Tick, batches: Sequence[int]
+    ) -> Iterator[tuple[int, Parcel]]:
         turns = numbers if self.order is None else [i for i in self.order if i in numbers]
-        for number, found in super().map(task, turns, cut, tick):
+        for number, found in super().map(task, turns, cut, tick, batches):
             if len(self.numbers) == self.most:
                 raise KeyboardInterrupt
             self.numbers.append(number)
@@ -144,7 +146,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
     monkeypatch.setattr("mscompile.runs.work.SHARE_OF_TIME", 1e9)  # every shard is worth keeping
     scm, samples = opened("cnn", SAMPLES)
     whole = calibrate(scm, scm.sites, samples, batch_size=BATCH, measure=CNN)
-    runs = [Watched(work(tmp_path), most, order)]
+    runs = [Watched(work(tmp_path), most=most, order=order)]
     with pytest.raises(KeyboardInterrupt):
         calibrate(scm, scm.sites, samples, batch_size=BATCH, measure=CNN, run=runs[0])
     for _ in range(2):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import NOWHERE, Work
+from mscompile.runs.workers import Crew
 from mscompile.runtime import Progress
 
 Tick = Callable[[int], None]
@@ -29,19 +30,29 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run keeps what it finds.
+    """Where a run keeps what it finds, and who works.
 
     Attributes
     ----------
     work
         The work folder.
+    crew
+        Workers; None for this process alone.
+    memory
+        Bytes to use at most.
     """
 
     work: Work = NOWHERE
+    crew: Crew | None = None
+    memory: int | None = None
 
-    def map(self, task: Task, numbers: Sequence[int], cut: Cut, tick: Tick) -> Iterator[tuple[int, Parcel]]:
-        """What a task finds on shards of the given numbers, in any order, each once."""
-        if numbers:
+    def map(
+        self, task: Task, numbers: Sequence[int], cut: Cut, tick: Tick, batches: Sequence[int]
+    ) -> Iterator[tuple[int, Parcel]]:
+        """What a task finds on shards of the given numbers, in any order, each once; `batches` of each shard are ticked."""
+        if self.crew is not None and len(numbers) > 1:
+            yield from self.crew.map(task.pack(), numbers, cut, lambda number: tick(batches[number]))
+        elif numbers:
             work = task.open()
             for number in numbers:
                 yield number, work(cut(number), tick)

@@ -29,7 +29,6 @@ import onnxruntime as ort
 
 from mscompile.errors import DataError, ResourceError, UsageError
 from mscompile.latency import cache_folder, processor
-from mscompile.providers import chosen
 from mscompile.runs.locks import HELD, acquire, holder
 from mscompile.runs.parcel import Parcel
 from mscompile.version import __version__
@@ -49,7 +48,6 @@ def versions() -> dict[str, str]:
     return {
         "mscompile": f"{__version__}+{code.hexdigest()[:16]}",
         "onnxruntime": ort.__version__,
-        "provider": chosen(),
         "numpy": np.__version__,
         "processor": f"{platform.machine()} {processor()}",
     }
@@ -262,6 +260,11 @@ class Work:
         begun.note("data", data)
         self.begun = begun
         self.base = {**versions(), "model": model}
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a run that can be gone on with."""
+        return self.root is not None and self.begun is not None
 
     def finish(self) -> None:
         """Say that the run is done: nothing is left to resume."""

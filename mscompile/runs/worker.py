@@ -1,0 +1,140 @@
+"""A worker: takes a task, then its shards, as bytes, and answers with what is found on each, or with what went wrong.
+
+As a program it talks over its standard input and output, and ends with whoever started it::
+
+    python -m mscompile.runs.worker THREADS
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import IO
+
+from mscompile import errors
+from mscompile.errors import MscompileError, ResourceError, UnsupportedError
+from mscompile.runs.parcel import Parcel
+from mscompile.runs.work import versions
+
+MACHINE = ("processor",)
+"""What versions say of the machine, which may differ: float32 sums then differ in their last bits."""
+
+
+class Desk:
+    """Answers one message after the other."""
+
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
+        self._work: Callable[[Parcel], Parcel] | None = None
+        self._refusal: bytes | None = None
+
+    def answer(self, content: bytes) -> bytes:
+        """The answer to a message: a task, to get ready for, or a shard."""
+        try:
+            parcel = Parcel.unpack(content)
+            if "kind" in parcel.header:
+                self._work = self._refusal = None
+                self._work = _opened(parcel, self._threads)
+                return Parcel({}, {}).pack()
+            if self._work is None:
+                return self._refusal or _failure(ValueError("a shard came before its task"))
+            return self._work(parcel).pack()
+        except Exception as error:
+            answer = _failure(error)
+            if self._work is None:
+                self._refusal = answer
+            return answer
+
+
+def _opened(parcel: Parcel, threads: int | None) -> Callable[[Parcel], Parcel]:
+    there, here = ({k: v for k, v in found.items() if k not in MACHINE} for found in (parcel.header["versions"], versions()))
+    if there != here:
+        raise UnsupportedError(
+            "a worker has other versions installed",
+            where=platform.node() or "a worker",
+            why=", ".join(f"{name} {here.get(name)}, not {there[name]}" for name in there if there[name] != here.get(name)),
+            hint="install the same mscompile, onnxruntime and numpy wherever workers run",
+        )
+    from mscompile.summation import Summation
+
+    work = {Summation.kind: Summation}[parcel.header["kind"]].unpack(parcel).open(threads)
+    return lambda shard: work(shard, lambda _: None)
+
+
+def _failure(error: Exception) -> bytes:
+    """An error as an answer."""
+    if isinstance(error, MemoryError):
+        hint = "use fewer workers, a smaller --batch-size, or machines with more memory"
+        error = ResourceError("memory ran out", where="a worker", why=str(error) or "MemoryError", hint=hint)
+    if isinstance(error, MscompileError):
+        parts = {part: getattr(error, part) for part in ("what", "where", "why", "hint")}
+        return Parcel({"error": type(error).__name__, **parts}, {}).pack()
+    return Parcel({"bug": "".join(traceback.format_exception(error))}, {}).pack()
+
+
+def found_in(content: bytes) -> Parcel:
+    """What an answer holds.
+
+    Raises
+    ------
+    MscompileError
+        The error that the worker met.
+    """
+    parcel = Parcel.unpack(content)
+    if "bug" in parcel.header:
+        raise RuntimeError(f"a worker failed:\n{parcel.header['bug']}")
+    if "error" in parcel.header:
+        kind = getattr(errors, parcel.header["error"])
+        raise kind(parcel.header["what"], **{part: parcel.header[part] for part in ("where", "why", "hint")})
+    return parcel
+
+
+def send(stream: IO[bytes], content: bytes) -> None:
+    """Write a message, behind its length."""
+    stream.write(len(content).to_bytes(8, "little"))
+    stream.write(content)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> bytes:
+    """Read a message.
+
+    Raises
+    ------
+    EOFError
+        The other side is gone.
+    """
+    head = stream.read(8)
+    length = int.from_bytes(head, "little")
+    content = stream.read(length) if len(head) == 8 else b""
+    if len(head) < 8 or len(content) < length:
+        raise EOFError
+    return content
+
+
+def main() -> None:
+    """Answer until the other side is gone; then end at once, whatever is being done."""
+    source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                messages.put(receive(source))
+        except (EOFError, OSError):
+            os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    desk = Desk(int(sys.argv[1]))
+    while True:
+        send(answers, desk.answer(messages.get()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What calibration on many workers takes: measured per shard, and foretold from that.
+
+    python tests/benchmarks/workers.py MODEL.onnx                 cost of a shard, and a table for 1 to 256 workers
+    python tests/benchmarks/workers.py MODEL.onnx --workers ray   and the overhead of one worker of that kind
+
+A shard costs its worker the forward and reverse passes over its samples (*sum*), and whoever hands it out the packing of
+its data and the unpacking and merging of what is found (*hand*). With W workers that do not share a processor, S shards take
+about max(⌈S / W⌉ · sum, S · hand) + open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mscompile.calibration import calibrate
+from mscompile.dense import find_data, into_memory, open_dense
+from mscompile.instrument import Instrument
+from mscompile.options import Options
+from mscompile.preparation import what_to_measure
+from mscompile.runs.parcel import Parcel
+from mscompile.runs.run import Run
+from mscompile.runs.workers import Crew, Process, crew_of
+from mscompile.summation import Shards, Summation
+from mscompile.survey import survey
+
+WORKERS = (1, 4, 16, 64, 256)
+TOKENS = (10**8, 10**9, 10**10)
+REPEATS = 3
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Median time."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--workers", help="processes or ray: compare one such worker with none")
+    given = parser.parse_args()
+    options = Options(samples=given.samples, batch_size=given.batch_size)
+    dense = open_dense(given.model)
+    into_memory(dense.model)
+    samples = find_data(dense, None, options)
+    assert samples is not None
+    measure = what_to_measure(dense, options)
+    first = survey(dense.scm, dense.sites, next(samples.batches(given.batch_size)), given.batch_size, measure.outputs)
+    task = Instrument(dense.scm, dense.sites, first, measure, len(samples)).summation
+    shards = Shards(samples, given.batch_size)
+
+    start = time.perf_counter()
+    packed = task.pack().pack()
+    work = Summation.unpack(Parcel.unpack(packed)).open(1)
+    opened = time.perf_counter() - start
+    shard, totals = shards.cut(0), dict[str, np.ndarray]()
+    summed = seconds(lambda: work(shard, lambda _: None))
+    found = work(shard, lambda _: None).pack()
+    handed = seconds(lambda: (shards.cut(0).pack(), task.add(totals, Parcel.unpack(found).arrays)))
+    count = next(shards.counts())
+    tokens = count * math.prod(next(iter(samples.inputs.values())).shape[1:2])
+    print(
+        f"shard: {count} samples, {tokens:,} tokens; sum {summed:.2f} s on one processor, hand {handed * 1e3:.1f} ms, "
+        f"{len(found) / 1e6:.1f} MB back; open {opened:.1f} s, {len(packed) / 1e6:.1f} MB there"
+    )
+    print(f"{'workers':>8}" + "".join(f"{n / 1e9:>14g} G" for n in TOKENS))
+    for workers in WORKERS:
+        cells = []
+        for total in TOKENS:
+            number = math.ceil(total / tokens)
+            least = max(math.ceil(number / workers) * summed, number * handed) + opened
+            cells.append(f"{least / 3600:>8.2f} h {number * summed / workers / least:>4.0%}")
+        print(f"{workers:>8}  " + "  ".join(cells))
+    if given.workers:
+        compare(given.workers, lambda run: calibrate(
+            dense.scm, dense.sites, samples, batch_size=given.batch_size, measure=measure, run=run))  # fmt: skip
+
+
+def compare(kind: str, work: Callable[[Run], object]) -> None:
+    """Time of one worker, once hired, over that of none, by turns."""
+    crew = Crew(1, lambda: Process(1)) if kind.isdecimal() else crew_of(kind)
+    assert crew is not None
+    crew.size = 1
+    work(Run(crew=crew))
+    pairs = [(seconds(lambda: work(Run())), seconds(lambda: work(Run(crew=crew)))) for _ in range(REPEATS)]
+    crew.close()
+    print(f"one worker: {statistics.median(b / a for a, b in pairs):.3f} times as long as none ({pairs[0][0]:.2f} s)")
+
+
+if __name__ == "__main__":
+    main()
