@@ -17,10 +17,12 @@ import click
 
 from mscompile.audit.commands import audit_command, report_command
 from mscompile.errors import MscompileError, ResourceError, UsageError
+from mscompile.providers import choose
 from mscompile.runs.command import HOW, RUNNING, running
 from mscompile.stage_commands import (
     ANCHORS,
     OUTPUTS,
+    PROVIDER,
     TRUST,
     apply_command,
     calibrate_command,
@@ -131,8 +133,7 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option("--only", metavar="REGEX", help="Cut only sites whose name matches.")
 @click.option("--freeze", metavar="REGEX", help="Never cut sites whose name matches.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="PATH", help="One offline page to write.")
-@with_options(*RUNNING)
-@TRUST
+@with_options(*RUNNING, PROVIDER, TRUST)
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -449,6 +450,7 @@ def run(arguments: Sequence[str]) -> int:
         return ours.exit_code
     finally:
         TRIALS.end()
+        choose("cpu")
     return code if isinstance(code, int) else 0
 
 

@@ -14,7 +14,7 @@ from mscompile import data as data_module
 from mscompile.data import InputSpec, Samples, Source
 from mscompile.errors import MscompileError, UnsupportedError, UsageError
 from mscompile.inspection import inspect_scm
-from mscompile.loading import external_files, load_model, read_model, read_proto
+from mscompile.loading import NOTES, external_files, load_model, read_model, read_proto
 from mscompile.operators.backward import FLOATS
 from mscompile.options import Options
 from mscompile.passes import CANONICALISE
@@ -129,7 +129,24 @@ def open_dense(model: Model, only: str | None = None, freeze: str | None = None)
             raise error.__cause__ from error
         raise
     scm = read_scm(loaded)
+    _correct_outputs(loaded, scm)
     return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs, external)
+
+
+def _correct_outputs(model: ir.Model, scm: Scm) -> None:
+    """Have the outputs state the shapes that they have, and note what the file says instead."""
+    for value in model.graph.outputs:
+        found, said = scm.shapes.get(value.name or ""), value.shape
+        if found is None or said is None:
+            continue
+        dims = tuple(size_of(d) for d in said)
+        pairs = zip(found, dims, strict=False)
+        if len(found) != len(dims) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+            texts = (f"[{', '.join('?' if d is None else str(d) for d in shape)}]" for shape in (dims, found))
+            model.meta[NOTES].append(
+                "output {!r} is declared as {} and has the shape {}: corrected".format(value.name, *texts)
+            )
+            value.shape = ir.Shape(found)
 
 
 def check_outputs(source: DenseModel) -> None:

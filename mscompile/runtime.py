@@ -13,7 +13,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mscompile.errors import MscompileError, ResourceError, UnsupportedError
+from mscompile.errors import ModelError, MscompileError, ResourceError, UnsupportedError
+from mscompile.providers import TITLES, absent, chosen
 from mscompile.skeletons import Skeleton, skeleton_of
 from mscompile.vetting import all_nodes
 
@@ -66,6 +67,7 @@ class Session:
         threads: int | None = None,
         spin: bool = True,
     ) -> None:
+        self.provider = chosen()
         options = ort.SessionOptions()
         options.log_severity_level = 4
         level = ort.GraphOptimizationLevel
@@ -89,11 +91,13 @@ class Session:
             self._session = ort.InferenceSession(
                 skeleton.proto.SerializeToString(),
                 sess_options=options,
-                providers=["CPUExecutionProvider"],
+                providers=list(dict.fromkeys([TITLES[self.provider], TITLES["cpu"]])),
                 disabled_optimizers=disabled,
             )
         except Exception as error:
             raise runtime_error("onnxruntime cannot load the model", error) from error
+        if TITLES[self.provider] not in (opened := self._session.get_providers()):
+            raise absent(self.provider, f"it could not be started: the session would run on {', '.join(opened)}")
         self._loops = any(node.op_type == "Loop" for node in all_nodes(skeleton.proto.graph.node))
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
 
@@ -122,18 +126,26 @@ class Session:
                 watch.cancel()
 
     def step(self, feed: Mapping[str, npt.NDArray[Any]], state: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
-        """Run one batch with inputs that stay inside onnxruntime: `state` in, all outputs back, nothing copied."""
+        """Run one batch with values that stay on the provider's device: `state` in, all outputs back, nothing copied."""
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
         try:
-            results = self._session.run_with_ort_values(self.outputs, {**values, **state})
+            binding = self._session.io_binding()
+            for name, value in {**values, **state}.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self.outputs:
+                binding.bind_output(name, self.provider)
+            self._session.run_with_iobinding(binding)
+            return dict(zip(self.outputs, binding.get_outputs(), strict=True))
         except Exception as error:
             raise runtime_error("onnxruntime fails on the model", error) from error
-        return dict(zip(self.outputs, results, strict=True))
 
     def run_all(self, batches: Iterable[Mapping[str, npt.NDArray[Any]]], outputs: Sequence[str] | None = None) -> Arrays:
         """Run many batches and join each output along axis 0."""
         parts = [self.run(batch, outputs) for batch in batches]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+WRONG_TYPE = re.compile(r"Type \(tensor\((\w+)\)\) of output arg \((.*)\) of node .* expected type \(tensor\((\w+)\)\)")
 
 
 def runtime_error(what: str, error: Exception) -> MscompileError:
@@ -145,6 +157,14 @@ def runtime_error(what: str, error: Exception) -> MscompileError:
             where=f"onnxruntime {ort.__version__}",
             why=reason,
             hint="use a smaller --batch-size, or a machine with more memory",
+        )
+    if wrong := WRONG_TYPE.search(reason):
+        said, name, found = wrong.groups()
+        return ModelError(
+            "the model was rejected",
+            where=f"tensor {name!r}",
+            why=f"{name!r} is declared to be of type {said}, and is of type {found}",
+            hint="export it again",
         )
     return UnsupportedError(
         what,

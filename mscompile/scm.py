@@ -130,6 +130,10 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
     """
     copy = model.clone()
     _shape_like(copy.graph)
+    stated = {v.name or "": v.shape for v in copy.graph.outputs if v.producer() is not None and v.shape is not None}
+    for value in copy.graph.outputs:
+        if value.producer() is not None:
+            value.shape = None  # what a file says of its outputs may be wrong, and would stop inference
     if bound is not None:
         kept = {id(v) for v in copy.graph.inputs} | {id(v) for v in copy.graph.initializers.values()}
         for value in _values(copy.graph):
@@ -144,6 +148,12 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
         shape = value.shape if value.const_value is None else value.const_value.shape
         if value.name and shape is not None:
             shapes[value.name] = tuple(size_of(d) for d in shape)
+    for name, declared_shape in stated.items() if bound is None else ():
+        dims = tuple(size_of(d) for d in declared_shape)
+        found = shapes.get(name, dims)
+        if len(found) == len(dims):
+            found = tuple(own if isinstance(own, int) else said for own, said in zip(found, dims, strict=True))
+        shapes[name] = found
     return shapes
 
 

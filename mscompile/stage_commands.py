@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mscompile.errors import UsageError
+from mscompile.providers import TITLES, Provider, choose
 from mscompile.runs.command import HOW, RUNNING, running
 from mscompile.terminal import answer, bars, plain, say, table, width_of
 from mscompile.trial import TRIALS
@@ -35,6 +36,21 @@ TRUST = click.option(
     expose_value=False,
     callback=_try_models,
     help="Take the model in without a trial in a process of its own, within limits of memory and time.",
+)
+
+
+def _choose_provider(_: click.Context, __: click.Parameter, name: Provider) -> None:
+    choose(name)
+
+
+PROVIDER = click.option(
+    "--provider",
+    type=click.Choice(list(TITLES)),
+    default="cpu",
+    show_default=True,
+    expose_value=False,
+    callback=_choose_provider,
+    help="Where onnxruntime runs.",
 )
 FORCE = click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 ANCHORS = click.option(
@@ -166,7 +182,7 @@ def check_page(checks: Sequence[SiteCheck]) -> str:
 )
 @click.option("--svg", type=click.Path(path_type=Path), help="Write the plot of --check.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write table and plot of --check.")
-@with_options(*SCORING, *DATA, *RUNNING, TRUST)
+@with_options(*SCORING, *DATA, *RUNNING, PROVIDER, TRUST)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def calibrate_command(
@@ -235,7 +251,7 @@ def plan_command(
 @MODEL
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("-o", "--out", "output", type=click.Path(path_type=Path), help="[default: MODEL.ms.onnx]")
-@with_options(*DATA, TRUST)
+@with_options(*DATA, PROVIDER, TRUST)
 @FORCE
 @click.option("-v", "--verbose", count=True, help="-vv prints tracebacks.")
 def apply_command(

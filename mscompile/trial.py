@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 SECONDS, BYTES_PER_SECOND = 60.0, 1 << 25
 """Time that a trial may take, and what of a model's files gives it a second more."""
+LOOP_SECONDS = 10.0
+"""Time in which a model with loops must come to an end on one sample of zeros."""
+PROGRAM = "from mscompile.trial import serve; serve()"
 MEMORY, TIMES = 2 << 30, 8
 """Memory that a trial may take: so many bytes, and so many times the model's files."""
 
@@ -51,8 +54,7 @@ class Server:
         """A new one, which loads its libraries in the background."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        program = "from mscompile.trial import serve; serve()"
-        command = [sys.executable, "-X", "faulthandler=0", "-c", program]
+        command = [sys.executable, "-c", PROGRAM]
         return cls(
             subprocess.Popen(  # noqa: S603  # our own program
                 command,
@@ -118,7 +120,7 @@ def attempt(path: Path, size: int) -> None:
     if not TRIALS.wanted or TRIALS.server is None:
         return
     memory, seconds = MEMORY + TIMES * size, SECONDS + size / BYTES_PER_SECOND
-    found = TRIALS.server.ask(path=os.fspath(path.absolute()), memory=memory, seconds=seconds)
+    found = TRIALS.server.ask(path=os.fspath(path.absolute()), memory=memory, seconds=seconds, loops=LOOP_SECONDS)
     if "error" in found:
         kind = getattr(errors, found["error"])
         raise kind(found["what"], where=str(path), why=found["why"], hint=found["hint"])
@@ -196,7 +198,7 @@ def _tried(request: dict[str, Any]) -> dict[str, Any]:
     try:
         model, _ = loading.load_model(request["path"], hashed=False)
         scm.infer_shapes(model)
-        runtime.RUN_SECONDS = request["seconds"] / 2
+        runtime.RUN_SECONDS = request["loops"]
         with contextlib.suppress(errors.UnsupportedError):  # made-up inputs may be wrong, and not all is run that is read
             runtime.Session(model, threads=1).run(dict(_inputs(model)))
     except MscompileError as error:

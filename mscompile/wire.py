@@ -66,7 +66,7 @@ def opened(path: Path) -> Iterator[Content]:
         with path.open("rb") as file:
             known = identity(os.fstat(file.fileno()))
             small = size <= READ
-            yield file.read(LARGEST) if small else memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+            yield file.read(size) if small else memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
             if identity(os.fstat(file.fileno())) != known:
                 raise rejected(path, "the file changed while it was read", "run again when nothing writes to it")
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mscompile.errors import GoalError, UsageError, VerificationError
-from mscompile.stage_commands import TRUST
+from mscompile.stage_commands import PROVIDER, TRUST
 from mscompile.terminal import answer, ascii_json, bars, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@PROVIDER
 @TRUST
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as one JSON object.")

@@ -29,6 +29,7 @@ import onnxruntime as ort
 
 from mscompile.errors import DataError, ResourceError, UsageError
 from mscompile.latency import cache_folder, processor
+from mscompile.providers import chosen
 from mscompile.runs.locks import HELD, acquire, holder
 from mscompile.runs.parcel import Parcel
 from mscompile.version import __version__
@@ -48,6 +49,7 @@ def versions() -> dict[str, str]:
     return {
         "mscompile": f"{__version__}+{code.hexdigest()[:16]}",
         "onnxruntime": ort.__version__,
+        "provider": chosen(),
         "numpy": np.__version__,
         "processor": f"{platform.machine()} {processor()}",
     }
