@@ -219,11 +219,12 @@ def stamp(compiled: Compiled, plan: Plan, sha256: str) -> ir.Model:
     """Write version, digests and tau into the model's metadata, where something was compiled; see `provenance`.
 
     ``channels`` says, for each site, the axis and the dense channel that each channel was; tau, which of them are retained.
+    What an earlier compile wrote stays where nothing was cut since.
     """
     model = compiled.model
-    for key in [key for key in model.metadata_props if key.startswith(METADATA)]:  # of an earlier compile
-        del model.metadata_props[key]
     if plan.sites:
+        for key in [key for key in model.metadata_props if key.startswith(METADATA)]:
+            del model.metadata_props[key]
         tau = {site.tensor: site.kept.tolist() for site in plan.sites}
         model.metadata_props[f"{METADATA}version"] = __version__
         model.metadata_props[f"{METADATA}model_sha256"] = sha256

@@ -337,12 +337,13 @@ class _Trace:
             value = meeting.node.inputs[key]
             assert value is not None
             unique = np.array(list(dict.fromkeys(keys.tolist())), dtype=np.int64)
+            by_head = keys.reshape(-1, meeting.row)
             tensor, axis, units, entry = self._origin(
                 value,
                 meeting.contracted[key],
                 unique,
                 meeting.node,
-                lambda node, unique=unique: self._scales_evenly(node, unique),  # type: ignore[misc]
+                lambda node, rows=by_head: self._scales_evenly(node, rows),  # type: ignore[misc]
             )
             if (axis,) not in self.walk.labels.get(tensor, {}):
                 reason = "contracts them where they stand on no axis of their own"
@@ -400,23 +401,25 @@ class _Trace:
         fill = other.const_value.numpy() if other is not None and is_parameter(other) else None  # type: ignore[union-attr]
         return fill is not None and bool((fill.astype(np.float64) <= MASKED).all())
 
-    def _scales_evenly(self, node: ir.Node, units: IntArray) -> bool:
-        """Whether a node multiplies all units it meets by one number."""
+    def _scales_evenly(self, node: ir.Node, rows: IntArray) -> bool:
+        """Whether a node multiplies all units of a row by one number: [rows, units in a row], as by head."""
         found = self.walk.signatures[node]
         if not isinstance(found, Signature) or not found.scaled:
             return False
         for operand in found.scaled:
             value = node.inputs[operand]
             for axes, on in ({} if value is None else self.walk.labels.get(value, {})).items():
-                if np.isin(units, on).all():
-                    ports = [p for li in found.links for p in li if any((operand, a) in li for a in axes)]
-                    return all(o in (operand, OUT) for o, _ in ports)
+                if np.isin(rows, on).all():
+                    links = [next((li for li in found.links if (operand, a) in li), ()) for a in axes]
+                    alone = [all(o in (operand, OUT) for o, _ in link) for link in links]
+                    return alone[-1] and (all(alone) or _within(rows, on))
         return False
 
     def _linear_slots(self, meeting: Meeting, operand: int) -> list[Slot] | None:
         """Every parameter of the affine map that makes an operand, if the way there moves, adds and scales evenly only."""
         value = meeting.node.inputs[operand]
-        units = np.unique(meeting.units[operand])
+        rows = meeting.units[operand].reshape(-1, meeting.row)
+        units = np.unique(rows)
         slots: list[Slot] = []
         while value is not None and (node := value.producer()) is not None:
             found = self.walk.signatures[node]
@@ -435,7 +438,7 @@ class _Trace:
                 return None
             others = {o for o, v in enumerate(node.inputs) if v is not labelled[0]} - {s.operand for s in here}
             adds = found.additive and all(_is_zero(node.inputs[o]) for o in others)
-            if not (found.moving or found.copies or self._scales_evenly(node, units) or adds):
+            if not (found.moving or found.copies or self._scales_evenly(node, rows) or adds):
                 return None
             slots += here if adds else []
             value = labelled[0]
@@ -455,6 +458,16 @@ class _Trace:
 
     def _carries(self, value: ir.Value, units: IntArray) -> bool:
         return any(np.isin(units, on).all() for on in self.walk.labels.get(value, {}).values())
+
+
+def _within(rows: IntArray, on: IntArray) -> bool:
+    """Whether the units of each row stand in one row of a label, and in no other."""
+    place: dict[int, int] = {}
+    for number, row in enumerate(on.reshape(-1, on.shape[-1]).tolist()):
+        for unit in row:
+            if place.setdefault(unit, number) != number:
+                return False
+    return all(len({place.get(unit) for unit in row}) == 1 for row in rows.tolist())
 
 
 def _is_zero(value: ir.Value | None) -> bool:

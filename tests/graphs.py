@@ -376,6 +376,31 @@ GRAPHS = {
         }""",
         ["a: h[2] 8 > y", "- MatMul 'score' contracts them with a tensor that no weight makes linearly"],
     ),
+    "attention whose queries and keys are scaled by head": (
+        """(float[N,5,4] x) => (float[N,5,3] y)
+        <float[4,8] wq, float[8] bq, float[4,8] wk, float[4,8] wv, int64[4] heads = {0, 0, 2, 4},
+         int64[3] flat = {0, 0, 8}, float[8,3] wo, float[2,1,1] hq, float[2,1,1] hk> {
+            q0 = MatMul(x, wq)
+            q = Add(q0, bq)
+            qh = Reshape(q, heads)
+            qt = Transpose<perm=[0,2,1,3]>(qh)
+            k = MatMul(x, wk)
+            kh = Reshape(k, heads)
+            kt = Transpose<perm=[0,2,3,1]>(kh)
+            v = MatMul(x, wv)
+            vh = Reshape(v, heads)
+            vt = Transpose<perm=[0,2,1,3]>(vh)
+            qs = Mul(qt, hq)
+            ks = Mul(kt, hk)
+            s = MatMul(qs, ks)
+            p = Softmax<axis=-1>(s)
+            o = MatMul(p, vt)
+            ot = Transpose<perm=[0,2,1,3]>(o)
+            h = Reshape(ot, flat)
+            y = MatMul(h, wo)
+        }""",
+        ["a: k[2] 8 > pairs of s", "b: h[2] 8 > y"],
+    ),
     "attention whose queries have a table of places for each head": (
         """(float[N,5,4] x) => (float[N,5,3] y)
         <float[4,8] wq, float[8] bq, float[4,8] wk, float[4,8] wv, int64[4] heads = {0, 0, 2, 4},

@@ -19,13 +19,17 @@ from mscompile.errors import MscompileError
 from mscompile.operators import Signature
 from mscompile.options import Options
 from mscompile.pipeline import Compilation, compile_model
+from mscompile.plan import selectable
 from mscompile.rewrite import rewrite
 from mscompile.scm import read_scm
 from mscompile.verify import FOLD_TOLERANCE, fold_error, make_pair
+from mscompile.weights import exact_plan
 
 EXAMPLES = 150
 WHOLE = 10
 """Examples that go through the whole pipeline, which takes longer."""
+PROVED = 60
+"""Examples with units that the weights alone prove to be constant, copies or unread."""
 ROWS = 80
 """Samples for these: calibration, choice and verification share them."""
 REFUSALS = (4, 5, 6)
@@ -464,14 +468,45 @@ def test_the_whole_pipeline_on_generated_networks(source: onnx.ModelProto, repla
         assert (proto.graph.input, proto.graph.output) == (source.graph.input, source.graph.output)
         again = stage(source, data, Options(keep=1.0 if result is whole else keep, **how))
         assert again is not None
-        assert ir.to_proto(again.model).SerializeToString(deterministic=True) == proto.SerializeToString(deterministic=True)
+        assert serialised(again.model) == proto.SerializeToString(deterministic=True)
     if whole is not None:
         for name, wanted in run(source, data).items():
             np.testing.assert_array_equal(run(ir.to_proto(whole.model), data)[name], wanted)
     if small is not None:
         event("compiled")
+        kept = stage(ir.to_proto(small.model), data, Options(keep=1.0, **how))
+        if kept is not None:
+            assert serialised(kept.model) == serialised(small.model)
         assert small.report.fold_error <= FOLD_TOLERANCE
         assert untouched(canonical(source), {site.tensor for site in small.plan.sites}) <= parameters_of(small.model)
+
+
+@settings(max_examples=PROVED, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(source=st.booleans().flatmap(lambda mixed: networks(mixed=mixed)), seed=st.integers(0, 2**16))
+def test_what_weights_prove_is_all_done_at_once(source: onnx.ModelProto, seed: int):
+    """A second run without data finds nothing, and brings what the first one made into no other form."""
+    rng = np.random.default_rng(seed)
+    for tensor in source.graph.initializer:  # rows and columns of zeros, and copies
+        array = numpy_helper.to_array(tensor).copy()
+        for axis in range(min(2, array.ndim) if array.dtype == np.float32 and array.size > 1 else 0):
+            rows = np.moveaxis(array, axis, 0)
+            one, other = rng.integers(0, len(rows), 2)
+            rows[one] = rng.integers(0, 2) * rows[other]
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    dense = canonical(source)
+    scm = read_scm(dense)
+    plan = exact_plan(scm, selectable(scm), model_sha256="")
+    event("proved" if plan.sites else "nothing to prove")
+    compiled = rewrite(dense, plan).model
+    before = serialised(compiled)
+    again = canonical(ir.to_proto(compiled))
+    assert serialised(again) == before
+    scm = read_scm(again)
+    assert exact_plan(scm, selectable(scm), model_sha256="").sites == ()
+
+
+def serialised(source: ir.Model) -> bytes:
+    return ir.to_proto(source).SerializeToString(deterministic=True)
 
 
 def stage(source: onnx.ModelProto, data: Mapping[str, np.ndarray], options: Options) -> Compilation | None:

@@ -154,6 +154,17 @@ def test_a_compiled_model_can_be_compiled_again(tmp_path: Path):
     assert props["pkg.mscompile.model_sha256"] == hashlib.sha256((tmp_path / "a.onnx").read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("source", ["shipped", "small"])
+def test_a_second_run_with_nothing_to_remove_writes_the_same_file(tmp_path: Path, source: str):
+    model, data = (shipped(), {"x": digits()[:300]}) if source == "shipped" else (mlp(), {"x": samples()})
+    compile_model(model, data, tmp_path / "a.onnx", HALF)
+    result = compile_model(tmp_path / "a.onnx", data, tmp_path / "b.onnx", Options(keep=1.0))
+    assert result.plan.sites == ()
+    assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "a.onnx").read_bytes()
+    with pytest.raises(GoalError, match="without data there is nothing to do"):
+        compile_model(tmp_path / "a.onnx", None, tmp_path / "c.onnx")
+
+
 def test_what_the_weights_prove_is_exact_and_done_once(tmp_path: Path):
     result = compile_model(with_dead_units(3), None, tmp_path / "out.onnx")
     for wanted, found in zip(outputs(with_dead_units(3), samples()), outputs(tmp_path / "out.onnx", samples()), strict=True):
