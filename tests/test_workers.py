@@ -173,7 +173,7 @@ def test_errors_of_workers_are_those_of_this_process():
 
 
 def test_a_worker_of_another_version(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(worker_module, "versions", lambda: {"mscompile": "0+1", "processor": "other"})
+    monkeypatch.setattr(worker_module, "versions", lambda: {"mscompile": "0+1", "processor": "other", "provider": "cpu"})
     with pytest.raises(UnsupportedError, match="other versions"):
         over(scripted(2, []))
 

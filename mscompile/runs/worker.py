@@ -18,6 +18,7 @@ from typing import IO
 
 from mscompile import errors
 from mscompile.errors import MscompileError, ResourceError, UnsupportedError
+from mscompile.providers import choose
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import versions
 
@@ -52,6 +53,7 @@ class Desk:
 
 
 def _opened(parcel: Parcel, threads: int | None) -> Callable[[Parcel], Parcel]:
+    choose(parcel.header["versions"]["provider"])
     there, here = ({k: v for k, v in found.items() if k not in MACHINE} for found in (parcel.header["versions"], versions()))
     if there != here:
         raise UnsupportedError(

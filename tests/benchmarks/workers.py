@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from mscompile.calibration import calibrate
-from mscompile.dense import find_data, into_memory, open_dense
+from mscompile.dense import find_data, open_dense
 from mscompile.instrument import Instrument
 from mscompile.options import Options
 from mscompile.preparation import what_to_measure
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Run
 from mscompile.runs.workers import Crew, Process, crew_of
-from mscompile.summation import Shards, Summation
+from mscompile.summation import MOST_SHARDS, Shards, Summation
 from mscompile.survey import survey
 
 WORKERS = (1, 4, 16, 64, 256)
@@ -55,7 +55,6 @@ def main() -> None:
     given = parser.parse_args()
     options = Options(samples=given.samples, batch_size=given.batch_size)
     dense = open_dense(given.model)
-    into_memory(dense.model)
     samples = find_data(dense, None, options)
     assert samples is not None
     measure = what_to_measure(dense, options)
@@ -81,9 +80,10 @@ def main() -> None:
     for workers in WORKERS:
         cells = []
         for total in TOKENS:
-            number = math.ceil(total / tokens)
-            least = max(math.ceil(number / workers) * summed, number * handed) + opened
-            cells.append(f"{least / 3600:>8.2f} h {number * summed / workers / least:>4.0%}")
+            wide = math.ceil(total / tokens / MOST_SHARDS)  # so many times as large, or there would be too many
+            number = math.ceil(total / tokens / wide)
+            least = max(math.ceil(number / workers) * wide * summed, number * handed) + opened
+            cells.append(f"{least / 3600:>8.2f} h {number * wide * summed / workers / least:>4.0%}")
         print(f"{workers:>8}  " + "  ".join(cells))
     if given.workers:
         compare(given.workers, lambda run: calibrate(
