@@ -85,6 +85,17 @@ def test_a_comparison_is_left_out_where_its_model_is_not_at_hand(certificate: Pa
         again(certificate, against=certificate.with_name("small.onnx"))
 
 
+def test_a_plan_may_be_at_hand_or_not(certificate: Path) -> None:
+    """Its check stands as recorded where it is not, and may be made anew where it was not."""
+    plan = certificate.with_name("small.plan.json")
+    content = plan.read_bytes()
+    plan.unlink()
+    assert again(certificate).exact
+    plan.write_bytes(content)
+    forge(certificate, lambda c: c.update(checks=[check for check in c["checks"] if check["name"] != "fold"]))
+    assert again(certificate).exact
+
+
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1

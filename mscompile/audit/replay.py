@@ -186,8 +186,9 @@ def _differences(old: AuditReport, new: AuditReport, skipped: Sequence[str]) -> 
         yield f"the verdict was {old.verdict}, is {new.verdict}: {new.because}", True
     if _masked(old.because) != _masked(new.because) and old.verdict == new.verdict:
         yield f"the reason was {old.because!r}, is {new.because!r}", True
-    checks = [{check.name: check.passed for check in report.checks} for report in (old, new)]
-    yield from _nested(checks[0], checks[1], "checks")
+    made = {check.name: check.passed for check in new.checks}  # more than before where a plan has come to hand
+    recorded = {check.name: check.passed for check in old.checks}
+    yield from _nested(recorded, {name: made.get(name) for name in recorded}, "checks")
     if len(old.claims) != len(new.claims):
         yield f"there were {len(old.claims)} claims, and are {len(new.claims)}", True
     for a, b in zip(old.claims, new.claims, strict=False):
