@@ -160,7 +160,7 @@ class Plan(BaseModel):
         """Read a plan file; UsageError where it is not one."""
         try:
             return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
+        except (OSError, ValidationError, TypeError, OverflowError) as error:  # the latter two from arrays
             raise UsageError(
                 "the plan cannot be read", where=str(path), why=str(error), hint="write one with `mscompile MODEL`"
             ) from error
