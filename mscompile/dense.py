@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,6 +117,23 @@ def open_dense(model: Model, only: str | None = None, freeze: str | None = None)
 
     `only` and `freeze` are regular expressions on site names, see `Options`.
     """
+    with _collected_later():
+        return _open(model, only, freeze)
+
+
+@contextlib.contextmanager
+def _collected_later() -> Iterator[None]:
+    """Have Python not look for garbage while a model is read: there is next to none among more and more objects."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _open(model: Model, only: str | None, freeze: str | None) -> DenseModel:
     path = Path(model) if isinstance(model, str | Path) else None
     if path is not None:
         loaded, sha256 = load_model(path)

@@ -27,6 +27,7 @@ from mscompile.vetting import (
     Stored,
     check_operators,
     check_tensors,
+    check_text,
     check_versions,
     identity,
     rejected,
@@ -103,8 +104,18 @@ def from_proto(
     payloads
         Raw data of initializers, by their numbers, that the message does not hold; copied unless they are arrays.
     """
-    where = path if path is not None else Path(proto.graph.name[:80] or "model")
-    payloads = payloads or {}
+    try:
+        return _taken_in(proto, path, payloads or {}, trusted=trusted)
+    except (UnicodeDecodeError, TypeError) as error:
+        # Protobuf gives text that is no UTF-8 as bytes, which fit nowhere.
+        if isinstance(error, TypeError) and "bytes" not in str(error):
+            raise
+        raise rejected(path or Path("model"), "a name or text in it is not UTF-8", "export it again") from error
+
+
+def _taken_in(proto: onnx.ModelProto, path: Path | None, payloads: Mapping[int, Buffer], *, trusted: bool) -> ir.Model:
+    where = path if path is not None else Path(str(proto.graph.name)[:80] or "model")
+    check_text(proto, where)
     check_versions(proto, where)
     if not proto.graph.output:
         raise rejected(where, "its graph has no outputs", "export it again")

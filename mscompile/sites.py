@@ -198,11 +198,15 @@ def sites_of(walk: Walk) -> Callable[[IntArray, Mapping[int, Refusal], Sequence[
         by_place: dict[tuple[ir.Value, int], list[_Found]] = {}
         for one in found:
             by_place.setdefault((one.tensor, one.axis), []).append(one)
+        axes: dict[ir.Value, list[int]] = {}
+        for tensor, axis in by_place:
+            axes.setdefault(tensor, []).append(axis)
+        staying = np.fromiter(frozen, dtype=np.int64)
         for (tensor, axis), ones in sorted(by_place.items(), key=lambda kv: order[kv[0][0].producer()]):  # type: ignore[index]
             units = root[ones[0].units]
-            stays = np.isin(units, list(frozen))
+            stays = np.isin(units, staying)
             refusal = frozen[int(units[stays][0])] if stays.all() else None
-            reason = _irregular(walk, tensor, axis, [a for t, a in by_place if t is tensor])
+            reason = _irregular(walk, tensor, axis, axes[tensor])
             if refusal is None and reason is not None:
                 refusal = Refusal(tensor.name or "?", "", reason)
             yield Site(

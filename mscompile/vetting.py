@@ -126,6 +126,29 @@ def _entries_of(tensor: onnx.TensorProto) -> Iterable[int]:
     return tensor.raw_data or tensor.int32_data
 
 
+def check_text(proto: onnx.ModelProto, where: Path) -> None:
+    """Refuse names that are not UTF-8: protobuf gives them as bytes, and libraries differ in what becomes of them."""
+    if any(isinstance(text, bytes) for text in _texts(proto)):
+        raise rejected(where, "a name or text in it is not UTF-8")
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[str]:
+    yield from (proto.producer_name, proto.producer_version, proto.domain, proto.doc_string, proto.graph.name)
+    for prop in proto.metadata_props:
+        yield from (prop.key, prop.value)
+    graph = proto.graph
+    yield from (tensor.name for tensor in graph.initializer)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+    for body in proto.functions:
+        yield from (body.name, body.domain, *body.input, *body.output, *body.attribute)
+    for nodes in (graph.node, *(body.node for body in proto.functions)):
+        for node in all_nodes(nodes):
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 

@@ -133,6 +133,17 @@ def test_large_models_are_audited(tmp_path: Path, small_limits: None):
     assert audit(tmp_path / "m.onnx", tmp_path / "out.onnx", data, options).verdict == "certified"
 
 
+@pytest.mark.parametrize("field", ["initializer", "node", "input"])
+def test_text_that_is_none_is_refused(tmp_path: Path, field: str):
+    """Found by fuzzing."""
+    content = mlp((6, 64, 32, 3)).SerializeToString()
+    name = {"initializer": b"w1", "node": b"relu0", "input": b"x"}[field]
+    (tmp_path / "m.onnx").write_bytes(content.replace(name, b"\xff" + name[1:]))
+    with pytest.raises(ModelError) as refusal:
+        loading.load_model(tmp_path / "m.onnx")
+    assert "not UTF-8" in str(refusal.value)
+
+
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,9 @@ from onnx import TensorProto, helper
 
 TOKENS, SAMPLES, BATCH, CLASSES, HEADS = 64, 24, 4, 10, 16
 """Of a sequence, of a run, of a batch; outputs; heads of attention."""
-DEFAULT = f"--keep 0.75 --replacement constant --probes 1 --anchors 0 --batch-size {BATCH} --no-recalibrate --no-cache --quiet"
+DEFAULT = (
+    f"--keep 0.75 --replacement constant --probes 1 --anchors 0 --batch-size {BATCH} --no-recalibrate --no-cache --quiet"
+)
 """How it is compiled, unless other options of `mscompile` are given: with so few samples an affine fit is undetermined."""
 
 
