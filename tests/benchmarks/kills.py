@@ -81,7 +81,7 @@ def prepare(folder: Path) -> None:
 
 def kill(kills: int, seed: int, folder: Path) -> Found:
     """Run unbroken once, then kill again and again, and go on after each."""
-    rng, found = random.Random(seed), Found(Counter())  # noqa: S311
+    rng, found = random.Random(seed), Found(Counter())
     fresh = folder / "fresh"
     fresh.mkdir()
     prepare(fresh)
