@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,35 +106,69 @@ def test_a_node_that_is_lost(alone: Any, crew: Crew, cluster: Any):
     cluster.wait_for_nodes()
 
 
+CLIENT = """
+import sys
+from test_ray import over
+from test_runs import equal
+from mscompile.runs.workers import crew_of
+crew = crew_of(sys.argv[1])
+print("same" if equal(over(crew), over(None)) else "different")
+crew.close()
+"""
+
+
 @with_ray
-def test_an_address_of_the_client(alone: Any):
+def test_an_address_of_the_client(cluster: Any):
+    """In processes of their own: Ray reads once who may connect."""
+    del cluster  # it has set PYTHONPATH
+    pytest.importorskip("grpc", reason="ray:// takes ray[client]")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pytest.importorskip("grpc", reason="ray:// takes ray[client]")
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
+    environment.pop("RAY_ADDRESS", None)
     program = str(Path(sys.executable).with_name("ray"))
-    start = [
-        program,
-        "start",
-        "--head",
-        "--port=0",
-        "--num-cpus=2",
-        "--include-dashboard=false",
-        "--node-ip-address=127.0.0.1",
-    ]
-    subprocess.run([*start, f"--ray-client-server-port={port}"], check=True, capture_output=True, timeout=120)
+    start = [program, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
+    done = subprocess.run(
+        [*start, f"--ray-client-server-port={port}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    client = [sys.executable, "-c", CLIENT, f"ray://127.0.0.1:{port}"]
     try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        found = crew_of(f"ray://127.0.0.1:{port}")
-        assert found is not None
-        assert equal(over(found), alone)
-        found.close()
+        done = subprocess.run(client, capture_output=True, text=True, timeout=120, env=environment, check=False)
     finally:
         subprocess.run([program, "stop", "--force"], check=False, capture_output=True, timeout=120)
+    assert done.stdout.split()[-1:] == ["same"], done.stdout + done.stderr
+
+
+HERE = """
+import psutil
+from test_ray import over
+from test_runs import equal
+from mscompile.runs.workers import crew_of
+crew = crew_of("ray")
+listening = [c for p in psutil.Process().children(recursive=True) for c in p.net_connections() if c.status == "LISTEN"]
+assert listening
+assert all(c.laddr.ip.removeprefix("::ffff:") == "127.0.0.1" for c in listening), listening
+print("same" if equal(over(crew), over(None)) else "different")
+crew.close()
+"""
+
+
+@with_ray
+def test_a_cluster_of_its_own_listens_to_this_machine_only(cluster: Any):
+    del cluster
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # the test's own import of Ray comes first
+    done = subprocess.run(
+        [sys.executable, "-c", HERE], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert done.stdout.split()[-1:] == ["same"], done.stdout + done.stderr
 
 
 @with_ray

@@ -11,6 +11,9 @@ from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.runs.worker import Desk
 from mscompile.runs.workers import Crew, LostError
 
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Variable that keeps Ray from listening to the network where it is 0, on any system."""
+
 
 class Actor:
     """A worker that is a Ray actor."""
@@ -50,6 +53,9 @@ def ray_crew(address: str) -> Crew:
     ResourceError
         There is no cluster at the address.
     """
+    given = address if address != "ray" else os.environ.get("RAY_ADDRESS")
+    if not given:
+        os.environ.setdefault(LOOPBACK, "0")  # read when Ray is imported
     try:
         import ray
     except ImportError as error:
@@ -59,12 +65,14 @@ def ray_crew(address: str) -> Crew:
             why=str(error),
             hint="pip install 'mscompile[ray]', or use processes of this machine: --workers 4",
         ) from error
-    given = address if address != "ray" else os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not given:
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options["include_dashboard"] = False
     try:
         ray.init(given or "local", **options)
+        if not given and (listens := ray.util.get_node_ip_address()) != "127.0.0.1":
+            ray.shutdown()
+            raise ConnectionError(f"it would listen at {listens}: set {LOOPBACK}=0 before Ray is imported")
         count = int(ray.cluster_resources().get("CPU", 1))
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ResourceError(

@@ -42,6 +42,7 @@ class Found:
 
     codes: Counter[str]
     corrupted: int = 0
+    odd: int = 0
     locked: int = 0
     different: int = 0
     left: int = 0
@@ -50,7 +51,7 @@ class Found:
     @property
     def bad(self) -> int:
         """Kills that broke a promise."""
-        return self.corrupted + self.locked + self.different + self.left
+        return self.corrupted + self.odd + self.locked + self.different + self.left
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -97,8 +98,11 @@ def kill(kills: int, seed: int, folder: Path) -> Found:
         old = digests(place)
         process = start(place)
         chosen = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+        if number % 2:  # half of them at any time, half of them once something is kept
+            while process.poll() is None and not list(place.glob("w/calibrate-*/journal.jsonl")):
+                time.sleep(0.01)
         try:
-            process.wait(rng.uniform(0.1, 1.05) * whole)
+            process.wait(rng.uniform(0.0, 0.5 if number % 2 else 1.05) * whole)
         except subprocess.TimeoutExpired:
             process.send_signal(chosen)
         _, err = process.communicate(timeout=SECONDS)
@@ -106,8 +110,9 @@ def kill(kills: int, seed: int, folder: Path) -> Found:
         now = digests(place)
         half = [name for name in OUTPUTS if now.get(name) not in (old[name], wanted[name])]
         # Before our handlers are there, signals end Python itself.
-        if half or process.returncode not in (0, CODES[chosen], -chosen):
-            found.corrupted += 1
+        odd = process.returncode not in (0, CODES[chosen], -chosen)
+        found.corrupted, found.odd = found.corrupted + bool(half), found.odd + odd
+        if half or odd:
             print(f"kill {number}: {chosen.name} {process.returncode} {half} {err[-400:]}")
         process = start(place)
         out, err = process.communicate(timeout=SECONDS)
@@ -134,8 +139,9 @@ def main() -> None:
         found = kill(options.kills, options.seed, Path(folder))
     print(", ".join(f"{code}: {count}" for code, count in sorted(found.codes.items())))
     print(
-        f"{options.kills} kills: {found.corrupted} corrupted outputs, {found.locked} stale locks, {found.different} resumed "
-        f"runs with other bytes, {found.left} with files left behind; {found.resumed} went on from what was kept"
+        f"{options.kills} kills: {found.corrupted} corrupted outputs, {found.odd} unexpected exit codes, {found.locked} "
+        f"stale locks, {found.different} resumed runs with other bytes, {found.left} with files left behind; "
+        f"{found.resumed} went on from what was kept"
     )
     sys.exit(found.bad > 0)
 
