@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from small_models import mlp, samples
 
 from mscompile import Options, compile_model, files, loading, mapped, payloads, runtime, skeletons
-from mscompile.errors import ModelError, ResourceError
-from mscompile.mapped import place_of, spooled
+from mscompile.errors import ModelError
+from mscompile.mapped import place_of
 from mscompile.surgery import Patch, patched, probe
 
 MEGABYTE = 1 << 20
@@ -96,8 +96,6 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is large."""
     monkeypatch.setattr(files, "INLINE_LIMIT", 1000)
     monkeypatch.setattr(runtime, "LARGE", 1000)
-    monkeypatch.setattr(mapped, "IN_MEMORY", 0)
-    monkeypatch.setattr(mapped, "WORTH_A_FILE", 1000)
     monkeypatch.setattr("mscompile.wire.READ", 1000)
 
 
@@ -112,7 +110,6 @@ def test_large_models_are_compiled_as_small_ones(tmp_path: Path, small_limits: N
     result = compile_model(tmp_path / "m.onnx", {"x": x}, tmp_path / "out.onnx", options)
     assert list(tmp_path.glob("out.onnx.*.data"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapped, "IN_MEMORY", 1 << 30)
         patch.setattr(runtime, "LARGE", 1 << 30)
         plain = compile_model(mlp((6, 64, 48, 3)), {"x": x}, None, options)
     assert [site.kept.tolist() for site in result.plan.sites] == [site.kept.tolist() for site in plain.plan.sites]
@@ -227,30 +224,3 @@ def test_what_is_mapped_is_known_by_its_place(tmp_path: Path):
     del whole, array
     gc.collect()
     assert not Path(place.path).exists()
-
-
-def test_what_outgrows_memory_goes_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mapped, "IN_MEMORY", mapped._held.bytes + 10 * MEGABYTE)
-    rng = np.random.default_rng(0)
-    kept = spooled(first := rng.random((1000, 1000)))
-    assert kept is first
-    small = rng.random(10)
-    assert spooled(small) is small
-    for array in (rng.random((1000, 1000)), np.asfortranarray(rng.random((900, 800))), rng.random((1000, 2000))[:, ::2]):
-        found = spooled(array)
-        assert np.array_equal(found, array)
-        assert found.flags.f_contiguous == (array.flags.f_contiguous and not array.flags.c_contiguous)
-        place = place_of(found.T if found.flags.f_contiguous else found)
-        assert place is not None
-        path = Path(place.path)
-        assert path.exists()
-        assert spooled(found) is found
-        del found
-        gc.collect()
-        assert not path.exists()
-    del kept, first
-    gc.collect()
-    assert spooled(again := rng.random((1000, 1000))) is again
-    monkeypatch.setattr(mapped, "_folder", lambda _: tmp_path / "missing")
-    with pytest.raises(ResourceError, match="disk"):
-        spooled(rng.random((1000, 1000)))
