@@ -17,6 +17,7 @@ import click
 
 from mscompile.audit.commands import audit_command, report_command
 from mscompile.errors import MscompileError, ResourceError, UsageError
+from mscompile.intake.trial import TRIALS
 from mscompile.providers import choose
 from mscompile.runs.command import HOW, RUNNING, running
 from mscompile.stage_commands import (
@@ -32,10 +33,9 @@ from mscompile.stage_commands import (
     with_options,
 )
 from mscompile.terminal import End, answer, ascii_json, bars, error_text, plain, say, sentence, table, width_of
-from mscompile.trial import TRIALS
 
 if TYPE_CHECKING:
-    from mscompile.inspection import Inspection
+    from mscompile.network.inspection import Inspection
     from mscompile.pipeline import Compilation
     from mscompile.report import LawReport, Report
 
@@ -347,7 +347,7 @@ def _verdict(result: Compilation) -> str:
 
 
 def _inspection_data(inspection: Inspection) -> dict[str, Any]:
-    from mscompile.inspection import readers_of
+    from mscompile.network.inspection import readers_of
 
     return {
         "sites": [
@@ -366,7 +366,7 @@ def _inspection_data(inspection: Inspection) -> dict[str, Any]:
 
 
 def _inspection_lines(inspection: Inspection, width: int) -> Iterator[str]:
-    from mscompile.inspection import readers_of
+    from mscompile.network.inspection import readers_of
 
     rows = []
     for site in inspection.scm.sites:

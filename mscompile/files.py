@@ -15,10 +15,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mscompile.errors import MscompileError, ResourceError, UsageError, VerificationError
-from mscompile.loading import load_model
-from mscompile.payloads import Bytes, joined, split
-from mscompile.skeletons import apart
-from mscompile.wire import opened
+from mscompile.intake.loading import load_model
+from mscompile.intake.payloads import Bytes, joined, split
+from mscompile.intake.wire import opened
+from mscompile.verification.skeletons import apart
 
 LISTED = 4
 """IR version before which every initializer had to be listed as an input as well, and none could be overridden."""

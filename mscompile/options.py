@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mscompile.errors import UsageError
-from mscompile.metrics import METRICS
-from mscompile.plan import Keep
-from mscompile.replacements import REPLACEMENTS
-from mscompile.scores import OBJECTIVES
-from mscompile.verify import Law
+from mscompile.planning.plan import Keep
+from mscompile.planning.replacements import REPLACEMENTS
+from mscompile.planning.scores import OBJECTIVES
+from mscompile.verification.metrics import METRICS
+from mscompile.verification.verify import Law
 
 
 def _is_pattern(text: str | None) -> bool:
@@ -49,7 +49,7 @@ class Options:
         Weight by name of the outputs whose change is scored; None for all of floating point, see
         `DenseModel.weighted_outputs`.
     recalibrate
-        Fit readers once more on the network as compiled so far, see `mscompile.recalibration`.
+        Fit readers once more on the network as compiled so far, see `mscompile.planning.recalibration`.
     cache
         Keep measured latencies of operators in the user's cache folder.
     law, swap

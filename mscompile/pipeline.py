@@ -10,21 +10,21 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mscompile.clock import Clock
-from mscompile.data import Source
-from mscompile.dense import Model, check_outputs, find_data, nothing_to_cut, open_dense
 from mscompile.errors import GoalError, UsageError
 from mscompile.files import file_bytes, is_large, output_conflict, save_model, staged
-from mscompile.inspection import Inspection, inspect_scm
-from mscompile.loading import NOTES, check_unchanged
+from mscompile.intake.data import Source
+from mscompile.intake.loading import NOTES, check_unchanged
+from mscompile.intake.wire import check_regular
+from mscompile.network.dense import Model, check_outputs, find_data, nothing_to_cut, open_dense
+from mscompile.network.inspection import Inspection, inspect_scm
 from mscompile.options import Options
-from mscompile.plan import Plan
+from mscompile.planning.plan import Plan
 from mscompile.report import Report
 from mscompile.reporting import build_report, stamp
 from mscompile.runs.locks import claimed
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
-from mscompile.search import compile_from_data, compile_from_weights
-from mscompile.wire import check_regular
+from mscompile.search.search import compile_from_data, compile_from_weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def compile_model(
     model
         Path, ModelProto or onnx-ir model. It is not changed.
     data
-        See `mscompile.data.read`. None: data beside the model's file; where there is none, only what the weights prove.
+        See `mscompile.intake.data.read`. None: data beside the model's file; where there is none, only what the weights
+        prove.
     output
         File to write, with ``.plan.json`` and ``.report.json`` beside it. None writes nothing.
     options

@@ -16,16 +16,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mscompile.audit.disjointness import encode, fingerprints
-from mscompile.certificate import risk_bound
 from mscompile.clock import Clock
-from mscompile.data import Samples
-from mscompile.dense import DenseModel, generated_inputs
 from mscompile.files import file_bytes
-from mscompile.frontier import Tried
-from mscompile.inspection import Inspection, inspect_scm, readers_of
+from mscompile.intake.data import Samples
+from mscompile.intake.provenance import METADATA, seal
+from mscompile.network.dense import DenseModel, generated_inputs
+from mscompile.network.inspection import Inspection, inspect_scm, readers_of
+from mscompile.network.sizes import Sizes, count_macs, count_parameters, measure_latency
 from mscompile.options import Options
-from mscompile.plan import Plan
-from mscompile.provenance import METADATA, seal
+from mscompile.planning.plan import Plan
 from mscompile.report import (
     CandidateReport,
     DataReport,
@@ -38,8 +37,9 @@ from mscompile.report import (
 )
 from mscompile.rewrite import Compiled
 from mscompile.runtime import Session
-from mscompile.search import Result
-from mscompile.sizes import Sizes, count_macs, count_parameters, measure_latency
+from mscompile.search.frontier import Tried
+from mscompile.search.search import Result
+from mscompile.verification.certificate import risk_bound
 from mscompile.version import __version__
 
 SLOWER = (

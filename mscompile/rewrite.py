@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from mscompile.operators import DIALECT, IntArray
 from mscompile.passes import RemoveDeadUnits, compiling
-from mscompile.plan import Plan
+from mscompile.planning.plan import Plan
 
 
 @dataclass(frozen=True)

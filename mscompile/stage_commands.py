@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mscompile.errors import UsageError
+from mscompile.intake.trial import TRIALS
 from mscompile.providers import TITLES, Provider, choose
 from mscompile.runs.command import HOW, RUNNING, running
 from mscompile.terminal import answer, bars, plain, say, table, width_of
-from mscompile.trial import TRIALS
 
 if TYPE_CHECKING:
-    from mscompile.prediction import SiteCheck
+    from mscompile.calibration.prediction import SiteCheck
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 
@@ -163,8 +163,8 @@ def check_rows(checks: Sequence[SiteCheck]) -> list[tuple[str, ...]]:
 
 def check_page(checks: Sequence[SiteCheck]) -> str:
     """Table and plot as one offline HTML page."""
+    from mscompile.calibration.prediction import plot_checks
     from mscompile.pages import Figure, figures_html
-    from mscompile.prediction import plot_checks
 
     caption = "One point a unit that was really replaced; on the dashed line both are equal."
     figure = Figure("Units one by one", plot_checks(checks), caption, CHECKED, check_rows(checks))
@@ -199,9 +199,9 @@ def calibrate_command(
 ) -> None:
     """Collect the statistics of MODEL's sites over calibration data."""
     del verbose
+    from mscompile.calibration.prediction import plot_checks
     from mscompile.files import output_conflict, staged
     from mscompile.options import Options
-    from mscompile.prediction import plot_checks
     from mscompile.stages import calibrate_model
 
     pages = {path: text for path, text in ((svg, plot_checks), (html, check_page)) if path is not None}
@@ -260,7 +260,7 @@ def apply_command(
     """Carry out PLAN on MODEL, and prove the result on data."""
     del verbose
     from mscompile.options import Options
-    from mscompile.plan import Plan
+    from mscompile.planning.plan import Plan
     from mscompile.stages import apply_plan
 
     target = output if output is not None else model.parent / f"{model.stem}.ms.onnx"

@@ -9,28 +9,28 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.anchors import Anchors, with_scales
-from mscompile.calibration import calibrate
-from mscompile.data import Source
-from mscompile.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
+from mscompile.calibration.anchors import Anchors, with_scales
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.prediction import SiteCheck, check_units, imbalance
+from mscompile.calibration.statistics import Statistics
+from mscompile.calibration.statistics_file import load_statistics, save_statistics
+from mscompile.calibration.windows import view_of, window_name, window_weight
 from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.files import output_conflict, save_model, staged
+from mscompile.intake.data import Source
+from mscompile.network.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
+from mscompile.network.scm import Site
 from mscompile.options import Options
-from mscompile.plan import Plan, SitePlan, make_plan, resolve_keep
-from mscompile.prediction import SiteCheck, check_units, imbalance
-from mscompile.preparation import eliminate, what_to_measure
-from mscompile.replacements import CONSTANT
+from mscompile.planning.plan import Plan, SitePlan, make_plan, resolve_keep
+from mscompile.planning.preparation import eliminate, what_to_measure
+from mscompile.planning.replacements import CONSTANT
+from mscompile.planning.scores import OBJECTIVES, Scores, score
 from mscompile.reporting import stamp
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runs.locks import claimed
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
-from mscompile.scm import Site
-from mscompile.scores import OBJECTIVES, Scores, score
-from mscompile.statistics import Statistics
-from mscompile.statistics_file import load_statistics, save_statistics
-from mscompile.verify import fold_error, make_pair
-from mscompile.windows import view_of, window_name, window_weight
+from mscompile.verification.verify import fold_error, make_pair
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mscompile.passes.carry import FoldCarriers
 from mscompile.passes.fold import FoldReplacements
 from mscompile.passes.narrow import RemoveDeadUnits
 from mscompile.passes.replace import LowerReplacements, WriteReplacements
-from mscompile.plan import Plan
+from mscompile.planning.plan import Plan
 
 __all__ = [
     "CANONICALISE",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.network.scm import infer_shapes
 from mscompile.operators import NodeView, is_parameter
 from mscompile.operators.attention import DOMAIN, Projections, projections
 from mscompile.passes.readers import add_parameter, array_of, name_outputs
-from mscompile.scm import infer_shapes
 
 HEADS = {
     ("", "Attention"): "q_num_heads",

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from mscompile.errors import ResourceError, UnsupportedError
+from mscompile.network.scm import infer_shapes
 from mscompile.operators import Shape
 from mscompile.runtime import Arrays, Session
-from mscompile.scm import infer_shapes
 
 FOLDED, GROWTH = 1 << 28, 8
 """Bytes that all computed parameters may take together: so many, or so many times the weights (float32 from four bits)."""

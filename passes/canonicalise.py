@@ -17,13 +17,13 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mscompile.files import LISTED
+from mscompile.network.scm import captured, infer_shapes
 from mscompile.operators import Shape, is_parameter
 from mscompile.passes.attention import SpellOutAttention, StateScales
 from mscompile.passes.budget import affordable, evaluate
 from mscompile.passes.movement import ShortenMovement
 from mscompile.passes.readers import add_parameter, array_of, name_outputs
 from mscompile.passes.shapes import FoldShapes
-from mscompile.scm import captured, infer_shapes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Carriers: constants that reach the border of zero-padded readers exactly (see `mscompile.constants`).
+"""Carriers: constants that reach the border of zero-padded readers exactly (see `mscompile.planning.constants`).
 
 A Carry node gives its reader one more channel, of ones, or one for each group of it. Here a unit that nothing reads takes
 the place of each: its producers get zero weights and a fixed bias, so that it is v everywhere inside the map, and its
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.constants import Carrier, carriers
+from mscompile.network.scm import Reader, Scm, Site, read_scm
 from mscompile.operators import DIALECT, IntArray, Signature
 from mscompile.passes.narrow import unread_units
 from mscompile.passes.readers import add_bias, array_of, owned
-from mscompile.scm import Reader, Scm, Site, read_scm
+from mscompile.planning.constants import Carrier, carriers
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A reader with weight W over the channels of a site, ``y = Σ_k W_k a_k + b``, se
 
 so W takes ``W_K + W_P B`` on retained columns and zeros on replaced ones, and b takes ``W_P c``. Where the reader pads with
 zeros, W_P c is no bias but a weight on a channel of ones, which a Carry node provides. Nothing reads a replaced channel
-then, and `passes.narrow` may take it away. Keys meet no weight but queries: see `mscompile.sites.Pairing`. All sums are in
+then, and `passes.narrow` may take it away. Keys meet no weight but queries: see `network.sites.Pairing`. All sums are in
 float64, rounded once.
 """
 
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.network.scm import Pairing, Reader, Scm, read_scm
 from mscompile.passes.readers import array_of, owned, rewrite_reader
 from mscompile.passes.replace import Replacement, replacements
-from mscompile.scm import Pairing, Reader, Scm, read_scm
 
 
 @dataclass(frozen=True)

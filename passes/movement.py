@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.network.scm import infer_shapes
 from mscompile.operators import Dim, Shape
 from mscompile.passes.readers import add_parameter, name_outputs
-from mscompile.scm import infer_shapes
 
 MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 

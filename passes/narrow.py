@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.network.scm import Scm, Slot, read_scm
+from mscompile.network.units import alive, width
 from mscompile.operators import DIALECT, IntArray, Signature
 from mscompile.passes.readers import add_parameter, array_of, owned
-from mscompile.scm import Scm, Slot, read_scm
-from mscompile.units import alive, width
 
 
 @dataclass(frozen=True)

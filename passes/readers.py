@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.network.scm import Reader, Scm
 from mscompile.operators import DIALECT, Linear, Signature, is_parameter
-from mscompile.scm import Reader, Scm
 
 
 def free_name(graph: ir.Graph, name: str) -> str:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.calibration.windows import window_name
+from mscompile.network.scm import Reader, Scm, Site, read_scm
 from mscompile.operators import DIALECT
 from mscompile.passes.readers import add_parameter, array_of, name_outputs, rewrite_reader
-from mscompile.plan import Plan, SitePlan, WindowPlan
-from mscompile.scm import Reader, Scm, Site, read_scm
-from mscompile.windows import window_name
+from mscompile.planning.plan import Plan, SitePlan, WindowPlan
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.network.scm import infer_shapes
 from mscompile.operators import Dim, Shape, is_parameter
 from mscompile.passes.readers import add_parameter
-from mscompile.scm import infer_shapes
 
 LARGEST = 64
 """Entries up to which an integer tensor is followed: shapes, places and sizes are short."""

@@ -22,15 +22,15 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from mscompile.calibration.windows import window_name, window_of, window_weight
+from mscompile.network.scm import Scm, Site, read_scm
 from mscompile.passes import CANONICALISE
-from mscompile.plan import Plan, SitePlan, WindowPlan, selectable
+from mscompile.planning.plan import Plan, SitePlan, WindowPlan, selectable
+from mscompile.planning.selection import retained_units
 from mscompile.runtime import Session
-from mscompile.scm import Scm, Site, read_scm
-from mscompile.selection import retained_units
-from mscompile.skeletons import Skeleton, skeleton_of
-from mscompile.surgery import Patch, replaced
-from mscompile.verify import replacement_of
-from mscompile.windows import window_name, window_of, window_weight
+from mscompile.verification.skeletons import Skeleton, skeleton_of
+from mscompile.verification.surgery import Patch, replaced
+from mscompile.verification.verify import replacement_of
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 KINDS = ("constant", "affine", "parents", "windows")

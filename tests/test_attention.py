@@ -10,10 +10,10 @@ import onnx.parser
 import pytest
 from golden import canonical, inputs, plan_for, run
 
-from mscompile.data import Samples
-from mscompile.dense import open_dense
+from mscompile.intake.data import Samples
+from mscompile.network.dense import open_dense
 from mscompile.rewrite import rewrite
-from mscompile.verify import FOLD_TOLERANCE, fold_error, make_pair
+from mscompile.verification.verify import FOLD_TOLERANCE, fold_error, make_pair
 
 PROJECTIONS = "qm = MatMul(x, wq)\n q = Add(qm, bq)\n k = MatMul(x, wk)\n v = MatMul(x, wv)\n"
 PACKED = PROJECTIONS + "a = {op}(q, k, v)"

@@ -21,12 +21,12 @@ from mscompile.audit.pipeline import audit
 from mscompile.audit.report import SCHEMA_FILE, AuditReport, schema
 from mscompile.audit.setup import AuditOptions
 from mscompile.audit.statement import make_statement
-from mscompile.certificate import risk_bound
 from mscompile.cli import run
 from mscompile.errors import DataError, UnsupportedError, UsageError, VerificationError
-from mscompile.metrics import METRICS, Metric
 from mscompile.options import Options
 from mscompile.pipeline import compile_model
+from mscompile.verification.certificate import risk_bound
+from mscompile.verification.metrics import METRICS, Metric
 
 OPTIONS = AuditOptions(fidelity=0.8, table=64, explain=False)
 
@@ -323,7 +323,7 @@ def test_random_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copy(tmp_path / "dense.onnx", tmp_path / "small.onnx")
     with pytest.raises(UnsupportedError, match="same result each time"):
         found(tmp_path, data={"x": samples(100)})
-    monkeypatch.setattr("mscompile.loading.check_operators", lambda *_: None)  # were one not known to be random
+    monkeypatch.setattr("mscompile.intake.loading.check_operators", lambda *_: None)  # were one not known to be random
     with pytest.raises(VerificationError, match="patch changes the dense model"):
         found(tmp_path, data={"x": samples(100)})
 
@@ -400,7 +400,7 @@ def test_the_verdict_shares_no_rewriting_code_with_the_compiler(folder: Path) ->
         "import sys\nfrom mscompile.audit.pipeline import audit\nfrom mscompile.audit.setup import AuditOptions\n"
         f"r = audit({str(folder / 'dense.onnx')!r}, {str(folder / 'small.onnx')!r}, {str(folder / 'audit.npz')!r},"
         " AuditOptions(fidelity=0.8, explain=False, table=0))\nassert r.verdict == 'certified'\n"
-        "banned = ('mscompile.passes', 'mscompile.rewrite', 'mscompile.replacements', 'torch')\n"
+        "banned = ('mscompile.passes', 'mscompile.rewrite', 'mscompile.planning.replacements', 'torch')\n"
         "used = [m for m in sys.modules if m.startswith(banned)]\n"
         "assert not used, used"
     )
@@ -449,7 +449,7 @@ def test_a_counterexample_needs_all_its_units(folder: Path) -> None:
     from mscompile.audit.counterexample import find
     from mscompile.audit.inputs import open_model
     from mscompile.audit.setup import prepare
-    from mscompile.data import read
+    from mscompile.intake.data import read
 
     dense, compiled = (open_model(folder / f"{n}.onnx") for n in ("dense", "small"))
     setup = prepare(dense, compiled, read(folder / "audit.npz", dense.specs), OPTIONS)

@@ -20,8 +20,8 @@ from mscompile.audit.report import SCHEMA_FILE, AuditReport
 from mscompile.audit.setup import AuditOptions
 from mscompile.cli import run
 from mscompile.errors import UnsupportedError, UsageError
-from mscompile.metrics import METRICS
 from mscompile.pages import audit_html, audit_markdown
+from mscompile.verification.metrics import METRICS
 
 OPTIONS = AuditOptions(fidelity=0.8, table=64, explain=False)
 
@@ -104,7 +104,7 @@ def test_the_loss_of_all_is_the_largest_of_each(pair: Path) -> None:
     from mscompile.audit.claims import stream
     from mscompile.audit.inputs import open_model
     from mscompile.audit.setup import prepare
-    from mscompile.data import read
+    from mscompile.intake.data import read
 
     dense, compiled = (open_model(pair / f"{n}.onnx") for n in ("dense", "small"))
     options = replace(OPTIONS, outputs={"place": 2.0, "y": 1.0}, metrics=("distance",))

@@ -716,15 +716,15 @@ def peak(key: str) -> int:
 
 def run_all(root: Path) -> None:
     """Run every case in a folder of its own, and write down what happened."""
-    import mscompile.latency
+    import mscompile.intake.trial
+    import mscompile.network.latency
+    import mscompile.network.sizes
     import mscompile.runtime
-    import mscompile.sizes
-    import mscompile.trial
     from mscompile import cli, compile_model, stages  # noqa: F401  # loaded before what is opened is recorded
 
-    mscompile.latency.POINT_SECONDS, mscompile.latency.POINT_RUNS = 0.0, 1
-    mscompile.sizes.LATENCY_SECONDS = 0.0
-    mscompile.runtime.RUN_SECONDS = mscompile.trial.LOOP_SECONDS = 1.0
+    mscompile.network.latency.POINT_SECONDS, mscompile.network.latency.POINT_RUNS = 0.0, 1
+    mscompile.network.sizes.LATENCY_SECONDS = 0.0
+    mscompile.runtime.RUN_SECONDS = mscompile.intake.trial.LOOP_SECONDS = 1.0
     opened: list[str] = []
     recording = False
 
@@ -813,7 +813,7 @@ def test_opens_nothing_elsewhere(results: Mapping[str, Any], name: str):
 
 
 def test_b18_a_file_that_is_exchanged_is_not_read(tmp_path: Path):
-    from mscompile.loading import check_unchanged, load_model
+    from mscompile.intake.loading import check_unchanged, load_model
 
     outside("w.bin", weights)(tmp_path)
     for change in (lambda p: p.write_bytes(bytes(384)), lambda p: p.unlink(), lambda p: (p.unlink(), weights(tmp_path))):
@@ -826,7 +826,7 @@ def test_b18_a_file_that_is_exchanged_is_not_read(tmp_path: Path):
 
 
 def test_c14_what_was_read_stays_as_it_was(tmp_path: Path):
-    from mscompile.data import InputSpec, read
+    from mscompile.intake.data import InputSpec, read
 
     (tmp_path / "x.npz").write_bytes(npz(x=X))
     found = read(tmp_path / "x.npz", [InputSpec("x", np.dtype(np.float32), ("N", 6))])

@@ -9,15 +9,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from mscompile.calibration import calibrate
-from mscompile.data import Samples
-from mscompile.instrument import Measure
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.instrument import Measure
+from mscompile.calibration.reverse import differentiate, sample_shapes
+from mscompile.calibration.seeds import random_signs
+from mscompile.calibration.statistics import Statistics
+from mscompile.intake.data import Samples
+from mscompile.network.scm import Scm, read_scm
 from mscompile.operators.backward import Builder
-from mscompile.reverse import differentiate, sample_shapes
 from mscompile.runtime import Session
-from mscompile.scm import Scm, read_scm
-from mscompile.seeds import random_signs
-from mscompile.statistics import Statistics
 from tests import golden
 
 FLOAT32 = 2e-5

@@ -13,8 +13,8 @@ from golden import canonical, inputs, proto, run
 from test_passes import interface, serialised
 
 from mscompile.files import save_model
+from mscompile.network.scm import read_scm
 from mscompile.passes import CANONICALISE
-from mscompile.scm import read_scm
 
 WRITTEN_ANYHOW = {
     "weights in nodes": (

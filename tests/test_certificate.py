@@ -9,7 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from mscompile.certificate import (
+from mscompile.verification.certificate import (
     SequentialTest,
     betting_bound,
     betting_capital,

@@ -48,7 +48,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mscompile.sizes.LATENCY_SECONDS", 0.0)
+    monkeypatch.setattr("mscompile.network.sizes.LATENCY_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -840,7 +840,7 @@ def test_a_second_run_finds_what_the_first_has_found(run: Run, small: Path, comm
 
 
 def test_a_run_that_was_stopped_says_how_to_go_on(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch):
-    from mscompile.candidates import Workshop
+    from mscompile.search.candidates import Workshop
 
     def stop(*_: object, **__: object) -> None:
         time.sleep(60)
@@ -862,7 +862,7 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 def test_data_that_changes_during_the_run(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch):
-    from mscompile.candidates import Workshop
+    from mscompile.search.candidates import Workshop
 
     make = Workshop.make
 
@@ -876,8 +876,8 @@ def test_data_that_changes_during_the_run(run: Run, small: Path, monkeypatch: py
 
 
 def test_memory_that_is_taken_is_seen(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch):
-    from mscompile.candidates import Workshop
     from mscompile.runs import limits
+    from mscompile.search.candidates import Workshop
 
     taken = 0
 

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from safetensors.numpy import save, save_file
 
-from mscompile import data
-from mscompile.data import InputSpec, Samples, find_beside, read, recipe
 from mscompile.errors import DataError, MscompileError, ResourceError, UnsupportedError, UsageError
+from mscompile.intake import data
+from mscompile.intake.data import InputSpec, Samples, find_beside, read, recipe
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 X = np.arange(15, dtype=np.float32).reshape(5, 3) / 8

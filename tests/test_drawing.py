@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mscompile.drawing import HEIGHT, WIDTH, Series, bars, lines, scatter
+from mscompile.pages.drawing import HEIGHT, WIDTH, Series, bars, lines, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 TEXT = {"title": "Risk", "description": "Predicted against measured.", "x": "predicted", "y": "measured"}

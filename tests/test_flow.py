@@ -22,14 +22,14 @@ from graphs import GRAPHS
 from onnx import helper, numpy_helper
 from test_operators import EXAMPLES, MICROSOFT, ROUNDING, Example, outputs_of
 
-from mscompile.data import Samples
+from mscompile.intake.data import Samples
+from mscompile.network.scm import Scm, read_scm
+from mscompile.network.units import even
 from mscompile.operators import OUT, Port
 from mscompile.passes import RemoveDeadUnits
 from mscompile.passes.readers import owned
 from mscompile.rewrite import rewrite
-from mscompile.scm import Scm, read_scm
-from mscompile.units import even
-from mscompile.verify import FOLD_TOLERANCE, fold_error, make_pair
+from mscompile.verification.verify import FOLD_TOLERANCE, fold_error, make_pair
 
 FEATURES = 5
 """Inputs of the products at which units begin."""

@@ -14,16 +14,16 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from mscompile.data import Samples
 from mscompile.errors import MscompileError
+from mscompile.intake.data import Samples
+from mscompile.network.scm import read_scm
 from mscompile.operators import Signature
 from mscompile.options import Options
 from mscompile.pipeline import Compilation, compile_model
-from mscompile.plan import selectable
+from mscompile.planning.plan import selectable
+from mscompile.planning.weights import exact_plan
 from mscompile.rewrite import rewrite
-from mscompile.scm import read_scm
-from mscompile.verify import FOLD_TOLERANCE, fold_error, make_pair
-from mscompile.weights import exact_plan
+from mscompile.verification.verify import FOLD_TOLERANCE, fold_error, make_pair
 
 EXAMPLES = 150
 WHOLE = 10

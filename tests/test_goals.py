@@ -13,28 +13,28 @@ from graphs import GRAPHS
 from small_models import mlp, samples
 
 from mscompile import Options, compile_model
-from mscompile.calibration import calibrate
-from mscompile.costs import Costs
-from mscompile.data import read
-from mscompile.dense import DenseModel, open_dense
+from mscompile.calibration.calibration import calibrate
 from mscompile.errors import GoalError, UsageError
-from mscompile.frontier import ENOUGH, ladder
-from mscompile.goals import Curve, descend, make_curve, probed, reach, widths
-from mscompile.latency import LatencyTable
+from mscompile.intake.data import read
 from mscompile.models import path as shipped
+from mscompile.network.costs import Costs
+from mscompile.network.dense import DenseModel, open_dense
+from mscompile.network.latency import LatencyTable
+from mscompile.network.scm import read_scm
+from mscompile.network.sizes import count_macs, count_parameters
 from mscompile.operators.backward import FLOATS
-from mscompile.plan import Plan, make_plan, selectable
-from mscompile.preparation import eliminate, what_to_measure
+from mscompile.planning.plan import Plan, make_plan, selectable
+from mscompile.planning.preparation import eliminate, what_to_measure
+from mscompile.planning.scores import score
+from mscompile.planning.selection import Elimination, retained_units, without_carriers
 from mscompile.rewrite import rewrite
-from mscompile.scm import read_scm
-from mscompile.scores import score
-from mscompile.selection import Elimination, retained_units, without_carriers
-from mscompile.sizes import count_macs, count_parameters
+from mscompile.search.frontier import ENOUGH, ladder
+from mscompile.search.goals import Curve, descend, make_curve, probed, reach, widths
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mscompile.sizes.LATENCY_SECONDS", 0.0)
+    monkeypatch.setattr("mscompile.network.sizes.LATENCY_SECONDS", 0.0)
 
 
 def known(model: Any, data: Any) -> tuple[DenseModel, Any, Any, Any, Any]:
@@ -190,7 +190,7 @@ def test_a_latency_is_measured_until_it_is_reached(monkeypatch: pytest.MonkeyPat
         asked.append(count_parameters(compiled))
         return 1.0, 0.9 - 0.2 * len(asked)
 
-    monkeypatch.setattr("mscompile.search.measure_latency", slow)
+    monkeypatch.setattr("mscompile.search.search.measure_latency", slow)
     report = compile_model(shipped(), None, None, Options(latency=0.55)).report
     assert len(asked) == 2  # 0.7 is too slow, 0.5 is not
     assert asked[0] >= asked[1]
@@ -206,7 +206,7 @@ def test_goals_out_of_reach(goal: Any) -> None:
 
 
 def test_a_latency_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mscompile.search.measure_latency", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr("mscompile.search.search.measure_latency", lambda *_: (1.0, 1.0))
     with pytest.raises(GoalError, match="latency"):
         compile_model(shipped(), None, None, Options(latency=0.5))
 
@@ -228,7 +228,7 @@ def test_latencies_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.M
     assert table.path == file
     assert table.entries
     assert all(milliseconds > 0 for milliseconds in table.entries.values())
-    monkeypatch.setattr("mscompile.latency._measure", lambda _: pytest.fail("measured again"))
+    monkeypatch.setattr("mscompile.network.latency._measure", lambda _: pytest.fail("measured again"))
     compile_model(mlp(), {"x": samples()}, None, Options(params=0.7))
 
 

@@ -10,11 +10,11 @@ import pytest
 from onnx import helper, numpy_helper
 from small_models import FEATURES, mlp, samples, weight
 
-from mscompile.checks import check_rows, depends_on_batch, planted_defects
 from mscompile.errors import VerificationError
-from mscompile.interventions import Intervened
-from mscompile.skeletons import weightless
-from mscompile.surgery import Patch
+from mscompile.verification.checks import check_rows, depends_on_batch, planted_defects
+from mscompile.verification.interventions import Intervened
+from mscompile.verification.skeletons import weightless
+from mscompile.verification.surgery import Patch
 
 COUNT = 12
 SIZES = (FEATURES, 400, 8, 3)  # wide enough for its weights to be left out of the graphs

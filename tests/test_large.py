@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from small_models import mlp, samples
 
-from mscompile import Options, compile_model, files, loading, mapped, payloads, runtime, skeletons
+from mscompile import Options, compile_model, files, runtime
 from mscompile.errors import ModelError
-from mscompile.mapped import place_of
-from mscompile.surgery import Patch, patched, probe
+from mscompile.intake import loading, mapped, payloads
+from mscompile.intake.mapped import place_of
+from mscompile.verification import skeletons
+from mscompile.verification.surgery import Patch, patched, probe
 
 MEGABYTE = 1 << 20
 KINDS = ["FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8", "INT32", "INT64", "BOOL", "INT4", "FLOAT8E4M3FN"]
@@ -96,7 +98,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is large."""
     monkeypatch.setattr(files, "INLINE_LIMIT", 1000)
     monkeypatch.setattr(runtime, "LARGE", 1000)
-    monkeypatch.setattr("mscompile.wire.READ", 1000)
+    monkeypatch.setattr("mscompile.intake.wire.READ", 1000)
 
 
 def outputs(path: Path, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

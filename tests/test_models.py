@@ -249,10 +249,10 @@ def test_sizes_agree_with_a_count_by_torch(name: str, tmp_path: Path):
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
-    from mscompile.dense import open_dense
     from mscompile.models.architectures import ARCHITECTURES
     from mscompile.models.export import export
-    from mscompile.sizes import count_macs, count_parameters
+    from mscompile.network.dense import open_dense
+    from mscompile.network.sizes import count_macs, count_parameters
 
     model, x = ARCHITECTURES[name].build().eval(), np.zeros((3, *SHAPES[name]), np.float32)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]

@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from mscompile import cli
-from mscompile.dense import open_dense
+from mscompile.calibration.statistics_file import load_statistics
+from mscompile.network.dense import open_dense
 from mscompile.options import Options
-from mscompile.scores import READER_LOCAL, score
+from mscompile.planning.scores import READER_LOCAL, score
 from mscompile.stages import calibrate_model
-from mscompile.statistics_file import load_statistics
 from tests import golden
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from onnx import helper
 from test_generated import networks
 
+from mscompile.calibration.reverse import differentiate, sample_shapes
+from mscompile.network.scm import infer_shapes
 from mscompile.operators.backward import Builder
-from mscompile.reverse import differentiate, sample_shapes
 from mscompile.runtime import Session
-from mscompile.scm import infer_shapes
 
 onnx_ad = pytest.importorskip("onnx_ad")
 

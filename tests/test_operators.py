@@ -19,9 +19,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from mscompile.network.scm import infer_shapes
 from mscompile.operators import DIALECT, OPERATORS, OUT, Move, NodeView, Port, Signature, declared, signature
 from mscompile.operators.axes import Barrier
-from mscompile.scm import infer_shapes
 
 Array = np.ndarray[Any, Any]
 Arrays = list[Array | None]

@@ -17,9 +17,9 @@ from mscompile.audit.pipeline import audit
 from mscompile.audit.report import AuditReport
 from mscompile.audit.setup import AuditOptions
 from mscompile.cli import run
-from mscompile.drawing import Series, lines
 from mscompile.options import Options
 from mscompile.pages import Figure, audit_html, audit_markdown, compile_html, compile_markdown, figures_html
+from mscompile.pages.drawing import Series, lines
 from mscompile.pipeline import Compilation, compile_model
 
 HOSTILE = "h0</code><script>alert(1)</script>|`*&\"'"

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 from golden import KINDS, Arrays, canonical, inputs, model, plan_at, plan_for, run, shapes, under_do
 
+from mscompile.network.scm import read_scm
 from mscompile.passes import (
     CANONICALISE,
     FoldCarriers,
@@ -23,9 +24,8 @@ from mscompile.passes import (
     WriteReplacements,
     compiling,
 )
-from mscompile.plan import Plan
+from mscompile.planning.plan import Plan
 from mscompile.rewrite import rewrite
-from mscompile.scm import read_scm
 
 TOLERANCE = {"float": 2e-5, "double": 1e-12, "float16": 2e-2}
 """Largest difference over the largest output: some hundred roundings of the type."""

@@ -20,7 +20,7 @@ from mscompile import Compilation, Options, compile_model, files, report
 from mscompile.errors import DataError, GoalError, ModelError, UnsupportedError, UsageError
 from mscompile.models import path as shipped
 from mscompile.pipeline import inspect
-from mscompile.plan import Plan
+from mscompile.planning.plan import Plan
 
 HALF = Options(keep=0.5)
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
@@ -28,7 +28,7 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENA
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mscompile.sizes.LATENCY_SECONDS", 0.0)
+    monkeypatch.setattr("mscompile.network.sizes.LATENCY_SECONDS", 0.0)
 
 
 def outputs(model: Path | onnx.ModelProto, x: np.ndarray, level: str = "ORT_ENABLE_ALL") -> list[np.ndarray]:
@@ -369,7 +369,7 @@ def test_large_weights_go_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_files_larger_than_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     onnx.save(mlp(), tmp_path / "m.onnx")
-    monkeypatch.setattr("mscompile.wire.LARGEST", 500)
+    monkeypatch.setattr("mscompile.intake.wire.LARGEST", 500)
     with pytest.raises(ModelError, match="rejected") as refusal:
         compile_model(tmp_path / "m.onnx", {"x": samples()}, None, HALF)
     assert "external file" in str(refusal.value)

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mscompile.files import save_model
-from mscompile.loading import from_proto, load_model
-from mscompile.provenance import PARTS, changed_parts, digests, seal
+from mscompile.intake.loading import from_proto, load_model
+from mscompile.intake.provenance import PARTS, changed_parts, digests, seal
 
 
 def varied() -> onnx.ModelProto:

@@ -18,7 +18,7 @@ from test_calibration import opened
 from test_runs import BATCH, CNN, SAMPLES, equal
 
 import mscompile
-from mscompile.calibration import calibrate
+from mscompile.calibration.calibration import calibrate
 from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Run

@@ -10,22 +10,22 @@ import pytest
 from small_models import mlp, samples
 
 from mscompile import Options, compile_model
-from mscompile.calibration import calibrate
-from mscompile.candidates import Workshop
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.windows import view_of
 from mscompile.clock import Clock
-from mscompile.data import read
-from mscompile.dense import open_dense
-from mscompile.interchange import disjoint_pairs
+from mscompile.intake.data import read
 from mscompile.models import path as shipped
-from mscompile.preparation import eliminate, split, what_to_measure
-from mscompile.recalibration import recalibrate
-from mscompile.refits import Sums, Target
+from mscompile.network.dense import open_dense
+from mscompile.planning.preparation import eliminate, split, what_to_measure
+from mscompile.planning.recalibration import recalibrate
+from mscompile.planning.refits import Sums, Target
+from mscompile.planning.scores import score
 from mscompile.rewrite import rewrite
 from mscompile.runtime import Session, no_progress
-from mscompile.scores import score
-from mscompile.sweep import Sweep
-from mscompile.verify import fold_error, make_pair
-from mscompile.windows import view_of
+from mscompile.search.candidates import Workshop
+from mscompile.search.sweep import Sweep
+from mscompile.verification.interchange import disjoint_pairs
+from mscompile.verification.verify import fold_error, make_pair
 
 CLOSE = 1e-4
 """Relative: float32 products of tens of rows."""
@@ -35,7 +35,7 @@ SAME = 1e-4
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mscompile.sizes.LATENCY_SECONDS", 0.0)
+    monkeypatch.setattr("mscompile.network.sizes.LATENCY_SECONDS", 0.0)
 
 
 def workshop(model: Any, data: Any, **fields: Any) -> Workshop:
@@ -164,7 +164,7 @@ def test_new_weights_that_do_worse_are_taken_back(digits: Workshop, monkeypatch:
     def spoilt(targets: Any, *_: Any) -> Any:
         return [t.plan(0.0 * t.weights()) for t in targets]
 
-    monkeypatch.setattr("mscompile.recalibration._refits", spoilt)
+    monkeypatch.setattr("mscompile.planning.recalibration._refits", spoilt)
     plan = digits.make(counts_of(digits, 0.75), recalibrated=False).plan
     found, steps = recalibrate(
         digits.source, plan, digits.statistics, digits.parts["calibrate"], digits.held, digits.outputs, batch_size=64

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mscompile.replacements import PARENTS, RIDGE, Factor, Fit, fit_affine, fit_parents
-from mscompile.statistics import Curvature, Moments, Statistics, Window, WindowMoments
-from mscompile.windows import FEWEST_ROWS, determined, fit_window
+from mscompile.calibration.statistics import Curvature, Moments, Statistics, Window, WindowMoments
+from mscompile.calibration.windows import FEWEST_ROWS, determined, fit_window
+from mscompile.planning.replacements import PARENTS, RIDGE, Factor, Fit, fit_affine, fit_parents
 
 Array = npt.NDArray[np.float64]
 

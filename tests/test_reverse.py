@@ -17,10 +17,10 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
+from mscompile.calibration.reverse import Gradients, differentiate, sample_shapes
+from mscompile.network.scm import infer_shapes
 from mscompile.operators import OPERATORS
 from mscompile.operators.backward import Builder, nothing
-from mscompile.reverse import Gradients, differentiate, sample_shapes
-from mscompile.scm import infer_shapes
 
 Array = np.ndarray[Any, Any]
 

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from test_calibration import GRAPHS, opened
 
-from mscompile.calibration import calibrate
-from mscompile.data import Samples
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.instrument import Instrument, Measure
+from mscompile.calibration.statistics import Statistics
+from mscompile.calibration.summation import Shards, Summation
+from mscompile.calibration.survey import survey
 from mscompile.errors import DataError, ResourceError, UsageError
-from mscompile.instrument import Instrument, Measure
+from mscompile.intake.data import Samples
+from mscompile.network.scm import Scm
 from mscompile.runs.locks import HELD, acquire, claimed
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Cut, Run, Task, Tick
 from mscompile.runs.work import Work
-from mscompile.scm import Scm
-from mscompile.statistics import Statistics
-from mscompile.summation import Shards, Summation
-from mscompile.survey import survey
 
 EVERYTHING = Measure(shared=True, windows=True, outputs={"y": 1.0}, curvature="fisher", gradient=True, probes=3, second=True)
 ORDER = 1e-12

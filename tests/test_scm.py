@@ -8,8 +8,8 @@ import pytest
 from golden import model
 from graphs import GRAPHS
 
-from mscompile.plan import refusal
-from mscompile.scm import Refusal, infer_shapes, label, read_scm
+from mscompile.network.scm import Refusal, infer_shapes, label, read_scm
+from mscompile.planning.plan import refusal
 
 READ = {
     "a chain": (

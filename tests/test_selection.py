@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mscompile.replacements import RIDGE, fit_affine, interchanged, stabilise
-from mscompile.scm import Site
-from mscompile.scores import Scores
-from mscompile.selection import eliminate_by_score, eliminate_jointly, retained_units
-from mscompile.statistics import Curvature, Moments, Statistics
-from mscompile.units import Block
+from mscompile.calibration.statistics import Curvature, Moments, Statistics
+from mscompile.network.scm import Site
+from mscompile.network.units import Block
+from mscompile.planning.replacements import RIDGE, fit_affine, interchanged, stabilise
+from mscompile.planning.scores import Scores
+from mscompile.planning.selection import eliminate_by_score, eliminate_jointly, retained_units
 
 Array = npt.NDArray[np.float64]
 

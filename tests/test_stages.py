@@ -15,16 +15,16 @@ import pytest
 from small_models import mlp, samples
 
 from mscompile import cli
-from mscompile.dense import open_dense
+from mscompile.calibration.statistics_file import load_statistics, save_statistics
 from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.models import path as shipped
+from mscompile.network.dense import open_dense
 from mscompile.options import Options
-from mscompile.plan import Plan, make_plan, resolve_keep
-from mscompile.preparation import eliminate
-from mscompile.scores import score
+from mscompile.planning.plan import Plan, make_plan, resolve_keep
+from mscompile.planning.preparation import eliminate
+from mscompile.planning.scores import score
 from mscompile.stages import Calibration, apply_plan, calibrate_model, plan_model
-from mscompile.statistics_file import load_statistics, save_statistics
-from mscompile.verify import FOLD_TOLERANCE
+from mscompile.verification.verify import FOLD_TOLERANCE
 
 HALF = Options(keep=0.5)
 RANKED = {5: 0.89, 20: 0.95}

@@ -14,11 +14,12 @@ import onnxruntime as ort
 import pytest
 from small_models import mlp, samples
 
-from mscompile import cli, providers, runtime, trial
+from mscompile import cli, providers, runtime
 from mscompile.errors import ModelError, ResourceError, UnsupportedError
-from mscompile.loading import load_model
+from mscompile.intake import trial
+from mscompile.intake.loading import load_model
 
-SERVER = "from mscompile import loading, trial; import os, time; loading.load_model = {}; trial.serve()"
+SERVER = "from mscompile.intake import loading, trial; import os, time; loading.load_model = {}; trial.serve()"
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_what_ends_a_trial_is_a_refusal(
 
 
 def test_what_a_library_refuses_is_said_as_it_is(model: Path, trials: trial.Trials, monkeypatch: pytest.MonkeyPatch):
-    program = "import onnx; from mscompile import trial; onnx.checker.check_model = lambda _: 1 / 0; trial.serve()"
+    program = "import onnx; from mscompile.intake import trial; onnx.checker.check_model = lambda _: 1 / 0; trial.serve()"
     monkeypatch.setattr(trial, "PROGRAM", program)
     trials.begin()
     with pytest.raises(ModelError) as refusal:

@@ -15,17 +15,17 @@ from golden import plan_for
 from onnx import helper
 from small_models import FEATURES, mlp, samples, set_weight, weight
 
-from mscompile.certificate import risk_bound
-from mscompile.data import Samples
-from mscompile.dense import DenseModel, open_dense
 from mscompile.errors import UnsupportedError, VerificationError
-from mscompile.metrics import METRICS, default_metric, kl_divergence
-from mscompile.plan import Plan, SitePlan
+from mscompile.intake.data import Samples
+from mscompile.network.dense import DenseModel, open_dense
+from mscompile.planning.plan import Plan, SitePlan
 from mscompile.rewrite import rewrite
 from mscompile.runtime import Session
-from mscompile.skeletons import weightless
-from mscompile.surgery import MASK, SOURCE
-from mscompile.verify import FOLD_TOLERANCE, Fidelity, Interchange, Pair, fold_error, make_pair, relative_mse
+from mscompile.verification.certificate import risk_bound
+from mscompile.verification.metrics import METRICS, default_metric, kl_divergence
+from mscompile.verification.skeletons import weightless
+from mscompile.verification.surgery import MASK, SOURCE
+from mscompile.verification.verify import FOLD_TOLERANCE, Fidelity, Interchange, Pair, fold_error, make_pair, relative_mse
 
 Array = npt.NDArray[Any]
 
@@ -156,7 +156,7 @@ def random_model() -> onnx.ModelProto:
 def test_random_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="same result each time"):
         unchanged(random_model())
-    monkeypatch.setattr("mscompile.loading.check_operators", lambda *_: None)  # were one not known to be random
+    monkeypatch.setattr("mscompile.intake.loading.check_operators", lambda *_: None)  # were one not known to be random
     with pytest.raises(VerificationError, match="the null patch changes the dense model"):
         Interchange(unchanged(random_model()), data(), batch_size=BATCH)
 

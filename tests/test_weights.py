@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 from golden import inputs, model, run, shapes
 
-from mscompile.plan import selectable
+from mscompile.network.scm import read_scm
+from mscompile.planning.plan import selectable
+from mscompile.planning.weights import exact_plan
 from mscompile.rewrite import rewrite
-from mscompile.scm import read_scm
-from mscompile.weights import exact_plan
 
 ROUNDING = 1e-5
 """Largest difference over the largest output: the same float32 products summed in another order."""

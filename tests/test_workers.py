@@ -20,9 +20,9 @@ import pytest
 from test_calibration import opened
 from test_runs import BATCH, CNN, SAMPLES, equal
 
-from mscompile.calibration import calibrate
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.instrument import Measure
 from mscompile.errors import DataError, ResourceError, UnsupportedError, UsageError
-from mscompile.instrument import Measure
 from mscompile.runs import worker as worker_module
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Run

@@ -19,7 +19,7 @@ import scipy.optimize
 
 from mscompile.operators import IntArray
 from mscompile.runtime import Session
-from mscompile.skeletons import Skeleton, weightless
+from mscompile.verification.skeletons import Skeleton, weightless
 
 Array = npt.NDArray[np.float64]
 

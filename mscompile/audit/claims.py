@@ -13,10 +13,10 @@ import numpy.typing as npt
 from mscompile.audit.outputs import Measure, largest
 from mscompile.audit.report import Claim, Comparison, Convention, LawFound, PlainFound
 from mscompile.audit.setup import AuditOptions, Setup
-from mscompile.certificate import SequentialTest, betting_bound, hoeffding_bound, risk_bound, risk_floor
-from mscompile.interchange import Law, Trials, disjoint_pairs
-from mscompile.metrics import Difference, relative_mse
 from mscompile.runtime import Progress, no_progress
+from mscompile.verification.certificate import SequentialTest, betting_bound, hoeffding_bound, risk_bound, risk_floor
+from mscompile.verification.interchange import Law, Trials, disjoint_pairs
+from mscompile.verification.metrics import Difference, relative_mse
 
 SWAPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Swap probabilities of the table of laws."""

@@ -13,8 +13,8 @@ from mscompile.audit.claims import stream
 from mscompile.audit.outputs import Measure, largest
 from mscompile.audit.report import Counterexample
 from mscompile.audit.setup import AuditOptions, Setup
-from mscompile.interchange import Trials
-from mscompile.surgery import patched
+from mscompile.verification.interchange import Trials
+from mscompile.verification.surgery import patched
 
 LARGEST = 1 << 28
 """Bytes of both models up to which they are written beside a counterexample."""

@@ -15,13 +15,13 @@ import scipy.linalg
 from mscompile.audit.claims import stream
 from mscompile.audit.report import Blame, Explanation, Unmapped
 from mscompile.audit.setup import AuditOptions, Setup
-from mscompile.certificate import risk_bound, risk_floor
 from mscompile.errors import MscompileError
-from mscompile.interchange import Correspondence, Draws, disjoint_pairs
-from mscompile.interventions import Setting
-from mscompile.metrics import Difference, Scatter
 from mscompile.operators import IntArray
 from mscompile.runtime import Arrays, Progress, no_progress
+from mscompile.verification.certificate import risk_bound, risk_floor
+from mscompile.verification.interchange import Correspondence, Draws, disjoint_pairs
+from mscompile.verification.interventions import Setting
+from mscompile.verification.metrics import Difference, Scatter
 
 Array = npt.NDArray[np.float64]
 
@@ -118,11 +118,11 @@ def site_floors(setup: Setup, swaps: tuple[float, ...]) -> Array | str:
     tr( G (Σ_PP − C A⁻¹ Cᵀ) ), with C and A the covariances of the interventional fit and G the outputs' curvature; a reason
     where the compiler has no statistics of a site.
     """
-    from mscompile.calibration import calibrate
-    from mscompile.dense import open_dense
+    from mscompile.calibration.calibration import calibrate
+    from mscompile.network.dense import open_dense
     from mscompile.options import Options
-    from mscompile.preparation import what_to_measure
-    from mscompile.scores import joint_curvature
+    from mscompile.planning.preparation import what_to_measure
+    from mscompile.planning.scores import joint_curvature
 
     dense = open_dense(setup.dense.path)
     known = {site.tensor: site for site in dense.scm.sites}

@@ -18,11 +18,11 @@ import onnx.inliner
 
 from mscompile.audit.disjointness import Fingerprints, decode, fingerprints
 from mscompile.audit.report import AuditedData, AuditedFile
-from mscompile.data import InputSpec, Samples, Source, read
 from mscompile.errors import DataError, UnsupportedError, UsageError, VerificationError
-from mscompile.loading import load_model
-from mscompile.provenance import METADATA, changed_parts
-from mscompile.skeletons import Skeleton, skeleton_of
+from mscompile.intake.data import InputSpec, Samples, Source, read
+from mscompile.intake.loading import load_model
+from mscompile.intake.provenance import METADATA, changed_parts
+from mscompile.verification.skeletons import Skeleton, skeleton_of
 
 
 @dataclass(frozen=True)

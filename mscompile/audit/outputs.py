@@ -12,8 +12,8 @@ import onnx
 
 from mscompile.audit.report import ComparedOutput
 from mscompile.errors import UnsupportedError, UsageError
-from mscompile.metrics import Metric, choose_metric, default_metric
 from mscompile.runtime import Arrays
+from mscompile.verification.metrics import Metric, choose_metric, default_metric
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from mscompile.audit.pipeline import examine
 from mscompile.audit.report import AuditedData, AuditReport, Claim
 from mscompile.audit.setup import AuditOptions, prepare
 from mscompile.audit.tau import SiteClaim
-from mscompile.data import Samples, Source, read
 from mscompile.errors import VerificationError
+from mscompile.intake.data import Samples, Source, read
 from mscompile.runtime import Progress, no_progress
 
 LOSS = 1e-6

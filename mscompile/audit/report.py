@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from mscompile.certificate import Verdict
 from mscompile.errors import UsageError, VerificationError
-from mscompile.interchange import Law
+from mscompile.verification.certificate import Verdict
+from mscompile.verification.interchange import Law
 
 SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("audit.schema.json")

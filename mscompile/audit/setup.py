@@ -14,14 +14,14 @@ from mscompile.audit.inputs import AuditModel, check_interfaces, read_plan
 from mscompile.audit.outputs import Measure, Output, choose_outputs, measures_of
 from mscompile.audit.report import AuditedSite, Check, Convention
 from mscompile.audit.tau import Origin, SiteClaim, Tau, claims_of_file, claims_of_metadata, claims_of_plan, inferred, resolve
-from mscompile.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
-from mscompile.data import Samples
 from mscompile.errors import MscompileError, UsageError, VerificationError
-from mscompile.interchange import Engine, Law, Pair
-from mscompile.metrics import Metric
-from mscompile.provenance import METADATA
+from mscompile.intake.data import Samples
+from mscompile.intake.provenance import METADATA
 from mscompile.runtime import Arrays, Session
-from mscompile.surgery import Do, Reweighted, probe, replaced
+from mscompile.verification.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
+from mscompile.verification.interchange import Engine, Law, Pair
+from mscompile.verification.metrics import Metric
+from mscompile.verification.surgery import Do, Reweighted, probe, replaced
 
 ALIKE = 0.5
 """Share of variance below which units matched by weights are reported as behaving differently."""

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mscompile.audit.alignment import infer
 from mscompile.errors import UsageError
-from mscompile.interchange import Correspondence
-from mscompile.provenance import METADATA
+from mscompile.intake.provenance import METADATA
 from mscompile.runtime import Arrays
-from mscompile.skeletons import Skeleton
-from mscompile.surgery import Patch
+from mscompile.verification.interchange import Correspondence
+from mscompile.verification.skeletons import Skeleton
+from mscompile.verification.surgery import Patch
 
 Origin = Literal["given", "plan", "metadata", "weights"]
 

@@ -21,10 +21,10 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from mscompile.audit.report import AuditReport, LawFound
-from mscompile.certificate import risk_bound, risk_floor
-from mscompile.drawing import Series, bars, lines, scatter
 from mscompile.errors import UsageError
+from mscompile.pages.drawing import Series, bars, lines, scatter
 from mscompile.report import Report
+from mscompile.verification.certificate import risk_bound, risk_floor
 
 HERE = Path(__file__).parent
 BAND = 0.05

@@ -62,7 +62,7 @@ def _opened(parcel: Parcel, threads: int | None) -> Callable[[Parcel], Parcel]:
             why=", ".join(f"{name} {here.get(name)}, not {there[name]}" for name in there if there[name] != here.get(name)),
             hint="install the same mscompile, onnxruntime and numpy wherever workers run",
         )
-    from mscompile.summation import Summation
+    from mscompile.calibration.summation import Summation
 
     work = {Summation.kind: Summation}[parcel.header["kind"]].unpack(parcel).open(threads)
     return lambda shard: work(shard, lambda _: None)

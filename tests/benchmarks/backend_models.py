@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden import plan_for
 
 import mscompile
-from mscompile.data import Samples
-from mscompile.dense import open_dense
 from mscompile.errors import MscompileError
+from mscompile.intake.data import Samples
+from mscompile.network.dense import open_dense
 from mscompile.rewrite import rewrite
-from mscompile.verify import FOLD_TOLERANCE, fold_error, make_pair
+from mscompile.verification.verify import FOLD_TOLERANCE, fold_error, make_pair
 
 FEATURES = 4
 KEEP = 0.6

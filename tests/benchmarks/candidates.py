@@ -10,19 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mscompile.calibration import calibrate
-from mscompile.data import Samples, Source, read
-from mscompile.dense import DenseModel
-from mscompile.instrument import Measure
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.instrument import Measure
+from mscompile.calibration.statistics import Statistics
+from mscompile.intake.data import Samples, Source, read
+from mscompile.network.dense import DenseModel
+from mscompile.network.sizes import count_parameters
 from mscompile.operators import IntArray
 from mscompile.options import Options
-from mscompile.plan import Keep, Plan, make_plan, resolve_keep
+from mscompile.planning.plan import Keep, Plan, make_plan, resolve_keep
+from mscompile.planning.scores import OBJECTIVES, Scores, score
+from mscompile.planning.selection import eliminate_by_score, eliminate_jointly
 from mscompile.rewrite import Compiled, rewrite
-from mscompile.scores import OBJECTIVES, Scores, score
-from mscompile.selection import eliminate_by_score, eliminate_jointly
-from mscompile.sizes import count_parameters
-from mscompile.statistics import Statistics
-from mscompile.verify import Interchange, Law, Pair, make_pair
+from mscompile.verification.verify import Interchange, Law, Pair, make_pair
 
 BATCH = Options().batch_size
 """Samples at a time: the compiler's default, since the windows it observes are drawn batch by batch."""

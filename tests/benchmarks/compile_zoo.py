@@ -18,9 +18,9 @@ import onnx_ir as ir
 from candidates import BATCH, samples_of, table
 
 import mscompile
-from mscompile.data import Samples
-from mscompile.dense import open_dense
+from mscompile.intake.data import Samples
 from mscompile.models import mnist
+from mscompile.network.dense import open_dense
 from mscompile.runtime import Session
 
 

@@ -26,10 +26,10 @@ import numpy as np
 from candidates import beside, table
 
 import mscompile
-from mscompile.dense import DenseModel, open_dense
 from mscompile.errors import MscompileError
-from mscompile.inspection import Inspection, inspect_scm
-from mscompile.sizes import node_macs
+from mscompile.network.dense import DenseModel, open_dense
+from mscompile.network.inspection import Inspection, inspect_scm
+from mscompile.network.sizes import node_macs
 
 Arrays = Mapping[str, np.ndarray]
 Maker = Callable[[np.random.Generator], Arrays]

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mscompile.calibration import calibrate
-from mscompile.data import Samples
-from mscompile.dense import open_dense
-from mscompile.instrument import Measure
-from mscompile.prediction import unit_risks
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.instrument import Measure
+from mscompile.calibration.prediction import unit_risks
+from mscompile.intake.data import Samples
+from mscompile.network.dense import open_dense
+from mscompile.planning.scores import score
 from mscompile.runtime import Session
-from mscompile.scores import score
-from mscompile.skeletons import skeleton_of
+from mscompile.verification.skeletons import skeleton_of
 
 BATCH = 64
 TIMED = 4

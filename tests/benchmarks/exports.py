@@ -21,9 +21,9 @@ import torch
 from candidates import table
 from torch import Tensor, nn
 
-from mscompile.dense import open_dense
-from mscompile.inspection import inspect_scm
 from mscompile.models.architectures import ARCHITECTURES
+from mscompile.network.dense import open_dense
+from mscompile.network.inspection import inspect_scm
 
 OPSETS = ((False, 11), (False, 13), (False, 17), (True, 18), (True, 20), (True, 23))
 """Whether by dynamo, and the opset."""

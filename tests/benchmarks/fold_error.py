@@ -33,12 +33,12 @@ from candidates import (
     table,
 )
 
-from mscompile.data import Samples
-from mscompile.dense import open_dense
 from mscompile.errors import MscompileError, VerificationError
+from mscompile.intake.data import Samples
+from mscompile.network.dense import open_dense
+from mscompile.network.sizes import count_parameters
 from mscompile.runtime import Session
-from mscompile.sizes import count_parameters
-from mscompile.verify import fold_error
+from mscompile.verification.verify import fold_error
 
 KEEPS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1)
 REPLACEMENTS = ("constant", "affine")

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from candidates import beside, samples_of, table
 
-from mscompile.calibration import calibrate
-from mscompile.candidates import Workshop
+from mscompile.calibration.calibration import calibrate
 from mscompile.clock import Clock
-from mscompile.dense import DenseModel, open_dense
-from mscompile.frontier import Frontier
+from mscompile.network.dense import DenseModel, open_dense
 from mscompile.options import Options
-from mscompile.preparation import eliminate, split, what_to_measure
+from mscompile.planning.preparation import eliminate, split, what_to_measure
+from mscompile.planning.scores import score
 from mscompile.runtime import no_progress
-from mscompile.scores import score
+from mscompile.search.candidates import Workshop
+from mscompile.search.frontier import Frontier
 
 Seconds = tuple[float, float]
 """Of the processor, and by the clock."""

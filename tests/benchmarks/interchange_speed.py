@@ -18,9 +18,9 @@ import numpy as np
 from candidates import beside, samples_of, table
 
 from mscompile.audit.inputs import open_model
-from mscompile.dense import open_dense
-from mscompile.interchange import Correspondence, Engine, Pair, disjoint_pairs
-from mscompile.surgery import Patch
+from mscompile.network.dense import open_dense
+from mscompile.verification.interchange import Correspondence, Engine, Pair, disjoint_pairs
+from mscompile.verification.surgery import Patch
 
 COUNTS = (1250, 2500, 5000, 10_000)
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/latency_count.py MODEL.onnx... [--keep 0.5]
 
 Every MODEL.onnx needs its data MODEL.calib.npz beside it. Each network is compiled; its dense and its compiled file are
-timed as `mscompile` does (`mscompile.sizes.measure_latency`), while onnxruntime's profiler writes down when each of these
+timed as `mscompile` does (`network.sizes.measure_latency`), while onnxruntime's profiler writes down when each of these
 runs and each of its operators began and ended: the same runs by two clocks, so that what else runs on the machine does not
 matter. Columns: milliseconds per batch, lower quartile, by `mscompile`, by the profiler for whole runs, and as its sum over
 operators; the share of the dense model's time that the compiled one takes, by `mscompile` and by the sums. Fails where a
@@ -27,10 +27,10 @@ import pytest
 from candidates import beside, table
 
 import mscompile
-from mscompile import sizes
-from mscompile.data import Samples, read
-from mscompile.dense import open_dense
 from mscompile.files import load_model
+from mscompile.intake.data import Samples, read
+from mscompile.network import sizes
+from mscompile.network.dense import open_dense
 
 WHOLE = 1.15
 """A call from Python takes longer than the run inside it, by some microseconds, or a pause where the machine is busy."""

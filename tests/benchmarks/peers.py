@@ -42,17 +42,17 @@ from onnxsim.finetune import apply_pruning_finetune
 from torch import nn
 
 from mscompile import Options, compile_model
-from mscompile.data import Samples
-from mscompile.dense import DenseModel, open_dense
-from mscompile.interchange import Correspondence, Pair
+from mscompile.intake.data import Samples
 from mscompile.models.architectures import ARCHITECTURES
 from mscompile.models.export import export
-from mscompile.plan import Plan
+from mscompile.network.dense import DenseModel, open_dense
+from mscompile.network.sizes import count_parameters, measure_latency
+from mscompile.planning.plan import Plan
 from mscompile.runtime import Session
-from mscompile.sizes import count_parameters, measure_latency
-from mscompile.skeletons import skeleton_of, weightless
-from mscompile.surgery import Patch
-from mscompile.verify import Interchange, make_pair
+from mscompile.verification.interchange import Correspondence, Pair
+from mscompile.verification.skeletons import skeleton_of, weightless
+from mscompile.verification.surgery import Patch
+from mscompile.verification.verify import Interchange, make_pair
 
 NETWORKS = ("mlp", "cnn", "resnet", "vit")
 SHARES = (0.75, 0.5, 0.3)
@@ -295,7 +295,7 @@ def pair_by_parameters(network: Network, model: onnx.ModelProto) -> Pair | None:
 
 def _shapes(model: onnx.ModelProto, network: Network) -> dict[str, tuple[int, ...]]:
     names = [site.tensor for site in network.dense.sites]
-    from mscompile.surgery import probe
+    from mscompile.verification.surgery import probe
 
     batch = next(network.data("calib").batches(2))
     values = Session(probe(weightless(model), names), optimise=False).run(batch, names)

@@ -35,8 +35,8 @@ from candidates import (
 )
 from trainings import CALIBRATION, CUT, pixels, train_plainly
 
-from mscompile.data import Source
-from mscompile.dense import open_dense
+from mscompile.intake.data import Source
+from mscompile.network.dense import open_dense
 
 SOURCE = "A. Asiaee, Certified Interventional Fidelity, UAI 2026"
 PUBLISHED: dict[tuple[str, int, float], float] = {

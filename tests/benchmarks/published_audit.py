@@ -29,8 +29,8 @@ from trainings import CALIBRATION, pixels, train_plainly
 from mscompile.audit.claims import stream
 from mscompile.audit.inputs import open_model
 from mscompile.audit.setup import AuditOptions, prepare
-from mscompile.dense import open_dense
 from mscompile.files import save_model
+from mscompile.network.dense import open_dense
 from mscompile.reporting import stamp
 
 SWAPS = (0.1, 0.5)

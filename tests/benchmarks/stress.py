@@ -18,9 +18,9 @@ from candidates import accuracy_of_interchange, beside, candidate_of, orders_of,
 from published import METHODS
 from rescaling import rescaled, selected
 
-from mscompile.dense import open_dense
-from mscompile.drawing import Series, lines
+from mscompile.network.dense import open_dense
 from mscompile.pages import Figure, figures_html
+from mscompile.pages.drawing import Series, lines
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
 SWAPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mscompile.data import Samples
-from mscompile.dense import open_dense
-from mscompile.instrument import Instrument, Measure
+from mscompile.calibration.instrument import Instrument, Measure
+from mscompile.calibration.survey import survey
+from mscompile.intake.data import Samples
+from mscompile.network.dense import open_dense
 from mscompile.runtime import Session
-from mscompile.survey import survey
 
 torch = pytest.importorskip("torch")
 

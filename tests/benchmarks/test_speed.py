@@ -21,8 +21,8 @@ from candidates import beside, candidate_of, measure_of, orders_of, samples_of, 
 
 import mscompile
 from mscompile import models
-from mscompile.calibration import calibrate
-from mscompile.dense import open_dense
+from mscompile.calibration.calibration import calibrate
+from mscompile.network.dense import open_dense
 from mscompile.options import Options
 from mscompile.runtime import Session
 

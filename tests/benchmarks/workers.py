@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mscompile.calibration import calibrate
-from mscompile.dense import find_data, open_dense
-from mscompile.instrument import Instrument
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.instrument import Instrument
+from mscompile.calibration.summation import MOST_SHARDS, Shards, Summation
+from mscompile.calibration.survey import survey
+from mscompile.network.dense import find_data, open_dense
 from mscompile.options import Options
-from mscompile.preparation import what_to_measure
+from mscompile.planning.preparation import what_to_measure
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Run
 from mscompile.runs.workers import Crew, Process, crew_of
-from mscompile.summation import MOST_SHARDS, Shards, Summation
-from mscompile.survey import survey
 
 WORKERS = (1, 4, 16, 64, 256)
 TOKENS = (10**8, 10**9, 10**10)

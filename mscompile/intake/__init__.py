@@ -1,0 +1,1 @@
+"""What comes from outside, vetted before it is believed: models and data."""

@@ -1,0 +1,232 @@
+"""What a network costs at given widths, before it is compiled: parameters, multiply–accumulates, shares of both.
+
+Every parameter axis and every tensor axis that carries units is as wide as the units of it that stay; which stay at a given
+width is known from the order in which they go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import numpy as np
+import onnx_ir as ir
+
+from mscompile.network.scm import Scm, infer_shapes, parameters
+from mscompile.network.units import Labels, width
+from mscompile.operators import IntArray, NodeView, Shape, declared
+from mscompile.operators.backward import FLOATS
+from mscompile.planning.selection import retained_units
+
+Counts = Mapping[int, int]
+"""Channels left, by group."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter.
+
+    Attributes
+    ----------
+    units
+        Units by axis.
+    folded
+        Units whose replacement changes the values of the parameter, so that it is stored apart from other uses.
+    """
+
+    units: Mapping[int, IntArray]
+    folded: IntArray | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a model whose groups are cut in given orders.
+
+    Attributes
+    ----------
+    orders
+        Units by group, first to go first.
+    inputs
+        Shapes of the model's inputs, axis 0 the samples.
+    """
+
+    scm: Scm
+    orders: Mapping[int, IntArray]
+    inputs: Mapping[str, tuple[int, ...]]
+    _groups: dict[tuple[str, int], int | None] = field(default_factory=dict, repr=False)
+    _widths: dict[tuple[str, int, int], int] = field(default_factory=dict, repr=False)
+    _dead: dict[tuple[int, int], IntArray] = field(default_factory=dict, repr=False)
+    _terms: dict[tuple[object, tuple[tuple[int, int], ...]], float] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every tensor for the given inputs, nothing cut."""
+        return infer_shapes(self.scm.model, self.inputs)
+
+    @cached_property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """Nodes that multiply and accumulate."""
+        rows = ((node, declared(node)) for node in self.scm.model.graph)
+        return tuple(node for node, row in rows if row is not None and row.macs is not None)
+
+    @cached_property
+    def _weights(self) -> tuple[tuple[str, tuple[int, ...], frozenset[int]], ...]:
+        """Name, shape and groups of every floating-point parameter."""
+        tensors = ((value.name or "", value.const_value) for value in parameters(self.scm.model))
+        shapes = [(name, t.shape.numpy()) for name, t in tensors if t is not None and t.dtype in FLOATS]
+        return tuple((name, tuple(map(int, shape)), self._groups_on(name)) for name, shape in shapes)
+
+    def _groups_on(self, name: str) -> frozenset[int]:
+        """Groups whose units stand on any axis of a parameter, at any of its uses."""
+        uses = self._uses.get(name, ())
+        units = [units for use in uses for units in use.units.values()] + [
+            use.folded for use in uses if use.folded is not None
+        ]
+        return frozenset(group for each in units if (group := self._group(each)) is not None)
+
+    @cached_property
+    def _uses(self) -> dict[str, list[Use]]:
+        """Every way in which each parameter is used."""
+        found: dict[tuple[ir.Node, int], dict[int, IntArray]] = {}
+        for slot in self.scm.slots:
+            found.setdefault((slot.node, slot.operand), {})[slot.axis] = slot.units
+        folded: dict[tuple[ir.Node, int], IntArray] = {}
+        for site in self.scm.sites:
+            for reader in site.readers:
+                linear = reader.signature.linear
+                assert linear is not None
+                folded |= {(reader.node, o): reader.units for o in (linear.weight, linear.bias) if o is not None}
+            folded |= {(slot.node, slot.operand): site.units for pairing in site.pairings for slot in pairing.slots}
+        uses: dict[str, list[Use]] = {}
+        for value in parameters(self.scm.model):
+            for place in dict.fromkeys((node, operand) for node, operand in value.uses()):
+                uses.setdefault(value.name or "", []).append(Use(found.get(place, {}), folded.get(place)))
+        return uses
+
+    @cached_property
+    def _labels(self) -> dict[str, Labels]:
+        """Units along the axes of every tensor, parameters included as they are used first."""
+        found: dict[str, dict[tuple[int, ...], IntArray]] = {name: dict(labels) for name, labels in self.scm.labels.items()}
+        for name, uses in self._uses.items():
+            for axis, units in uses[0].units.items():
+                found.setdefault(name, {}).setdefault((axis,), units)
+        return dict(found)
+
+    @cached_property
+    def _group_of(self) -> dict[int, int]:
+        return {int(unit): group for group, order in self.orders.items() for unit in order.tolist()}
+
+    def _group(self, units: IntArray) -> int | None:
+        """The group that units on one axis belong to; not all of them need be read."""
+        return next((self._group_of[unit] for unit in units.ravel().tolist() if unit in self._group_of), None)
+
+    def group(self, name: str, axis: int) -> int | None:
+        """The group whose units an axis of a tensor carries; None where they stay, or it carries none."""
+        key = name, axis
+        if key not in self._groups:
+            units = next((u for axes, u in self._labels.get(name, {}).items() if axis in axes), None)
+            self._groups[key] = None if units is None else self._group(units)
+        return self._groups[key]
+
+    def width(self, name: str, axis: int, full: int, counts: Counts) -> int:
+        """Places of an axis at given widths, `full` of them in the whole model."""
+        group = self.group(name, axis)
+        if group is None or counts.get(group, len(self.orders[group])) >= len(self.orders[group]):
+            return full
+        key = name, axis, counts[group]
+        if key not in self._widths:
+            left = width(self._labels[name], axis, self._gone(group, counts[group]))
+            self._widths[key] = full if left is None else left
+        return self._widths[key]
+
+    def _gone(self, group: int, count: int) -> IntArray:
+        if (group, count) not in self._dead:
+            order, sites = self.orders[group], [site for site in self.scm.sites if site.group == group]
+            kept = retained_units(order, count, self.scm.blocks, self.scm.frozen, sites)
+            gone = {*np.setdiff1d(order, kept).tolist()}
+            self._dead[group, count] = self.scm.removable(gone, self._axes.get(group, ()))
+        return self._dead[group, count]
+
+    @cached_property
+    def _axes(self) -> dict[int, list[IntArray]]:
+        """Units on every axis, by group."""
+        found: dict[int, list[IntArray]] = {}
+        for labels in self.scm.labels.values():
+            for units in labels.values():
+                if (group := self._group(units)) is not None:
+                    found.setdefault(group, []).append(units)
+        return found
+
+    def shape(self, value: ir.Value, counts: Counts) -> Shape | None:
+        """Shape of a tensor at given widths."""
+        full = self.shapes.get(value.name or "")
+        if full is None:
+            return None
+        return tuple(self.width(value.name or "", a, d, counts) if isinstance(d, int) else d for a, d in enumerate(full))
+
+    def view(self, node: ir.Node, counts: Counts) -> NodeView:
+        """A node with the shapes of its operands at given widths."""
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name]
+        found = {v.name: shape for v in values if (shape := self.shape(v, counts)) is not None}
+        return NodeView(node, found, self.scm.model.graph.opset_imports.get("", 1))  # type: ignore[arg-type]
+
+    def groups_of(self, node: ir.Node) -> frozenset[int]:
+        """Groups that the costs of a node depend on."""
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name]
+        axes = (self.group(v.name or "", a) for v in values for a in range(len(self.shapes.get(v.name or "", ()))))
+        return frozenset(group for group in axes if group is not None)
+
+    def params(self, counts: Counts, group: int | None = None) -> float:
+        """Elements of floating-point parameters; with `group`, of those alone whose number depends on it."""
+        return sum(
+            self._term(name, groups, counts, partial(self._elements, name, shape))
+            for name, shape, groups in self._weights
+            if group is None or group in groups
+        )
+
+    def macs(self, counts: Counts, group: int | None = None) -> float:
+        """Multiply–accumulates for `inputs`, of nodes whose shapes are known; `group` as for `params`."""
+        return sum(
+            self._term(number, groups, counts, partial(self._work, node))
+            for number, (node, groups) in enumerate(self._work_of)
+            if group is None or group in groups
+        )
+
+    def _term(self, key: object, groups: frozenset[int], counts: Counts, cost: Callable[[Counts], float]) -> float:
+        """A cost that depends on the widths of a few groups, remembered by these."""
+        own = tuple((group, counts[group]) for group in groups if group in counts)
+        if (key, own) not in self._terms:
+            self._terms[key, own] = cost(counts)
+        return self._terms[key, own]
+
+    def _elements(self, name: str, shape: tuple[int, ...], counts: Counts) -> float:
+        """Elements of a parameter, and of the copies it falls into where its uses are cut in several ways."""
+        uses = self._uses.get(name, [])
+        if len(uses) < 2:
+            return float(math.prod(self.width(name, a, d, counts) for a, d in enumerate(shape)))
+        copies: dict[object, int] = {}
+        for number, use in enumerate(uses):
+            left = {axis: np.flatnonzero(~np.isin(units, self._gone_at(units, counts))) for axis, units in use.units.items()}
+            cut = {axis: places for axis, places in left.items() if len(places) < use.units[axis].size}
+            sizes = [len(cut[a]) * d // use.units[a].size if a in cut else d for a, d in enumerate(shape)]
+            own = use.folded is not None and len(self._gone_at(use.folded, counts)) > 0
+            copies[number if own else tuple((axis, places.tobytes()) for axis, places in sorted(cut.items()))] = math.prod(
+                sizes
+            )
+        return float(sum(copies.values()))
+
+    def _gone_at(self, units: IntArray, counts: Counts) -> IntArray:
+        group = self._group(units)
+        return np.zeros(0, dtype=np.int64) if group is None or group not in counts else self._gone(group, counts[group])
+
+    def _work(self, node: ir.Node, counts: Counts) -> float:
+        row, view = declared(node), self.view(node, counts)
+        involved = [view.shape(operand) for operand in (0, 1, ~0)]
+        known = all(shape is not None and all(isinstance(d, int) for d in shape) for shape in involved)
+        return float(row.macs(view)) if known else 0.0  # type: ignore[union-attr, misc]
+
+    @cached_property
+    def _work_of(self) -> tuple[tuple[ir.Node, frozenset[int]], ...]:
+        return tuple((node, self.groups_of(node)) for node in self.nodes)

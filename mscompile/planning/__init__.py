@@ -1,0 +1,1 @@
+"""Who stays, and what stands in for the others."""

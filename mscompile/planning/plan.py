@@ -1,0 +1,380 @@
+"""Plans: which units stay, and what stands in for the others. A plan is a file that a person can read and edit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from mscompile.calibration.statistics import Statistics
+from mscompile.calibration.windows import determined, fit_window, window_name, window_weight
+from mscompile.errors import GoalError, UsageError
+from mscompile.network.scm import Scm, Site
+from mscompile.operators import IntArray
+from mscompile.planning.constants import has_carriers
+from mscompile.planning.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Factor, Fit, fit_by_row
+from mscompile.planning.scores import MEASURABLE, Scores, joint_curvature
+from mscompile.planning.selection import retained_heads, retained_units, without_carriers
+
+Integers = Annotated[
+    npt.NDArray[np.int64],
+    BeforeValidator(lambda a: np.asarray(a, dtype=np.int64)),
+    PlainSerializer(lambda a: a.tolist(), when_used="json"),
+]
+# Nine digits give back every float32.
+Floats = Annotated[
+    npt.NDArray[np.float32],
+    BeforeValidator(lambda a: np.asarray(a, dtype=np.float32)),
+    PlainSerializer(lambda a: np.vectorize(lambda v: float(f"{v:.9g}"), otypes=[object])(a).tolist(), when_used="json"),
+]
+
+
+class WindowPlan(BaseModel):
+    """New weights of one reader, fitted over its window; see `mscompile.calibration.windows`.
+
+    Attributes
+    ----------
+    reader
+        Output name of the reader.
+    places
+        [retained, taps]: for a product, the weight's row or column of each feature; None for a convolution, whose taps are
+        those of its kernel.
+    columns
+        [retained, taps, outputs]: the weight on retained channels. It is zero on the others.
+    response
+        [taps, outputs] carried by a channel of ones where the reader pads, else [1, outputs], added to the reader's output.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="forbid")
+
+    reader: str
+    places: Integers | None = None
+    columns: Floats
+    response: Floats
+
+
+class SitePlan(BaseModel):
+    """What happens at one site.
+
+    Attributes
+    ----------
+    name, tensor
+        The tensor the readers read; `name` is how `inspect` prints it.
+    axis, size
+        Channel axis and number of channels.
+    kept
+        Retained channels, ascending; the others are replaced.
+    constants
+        [replaced]: value, or intercept, of each replaced channel in ascending order, in the units of the activation.
+    lossless
+        Replaced channels that are, on the calibration data, affine functions of the others to float32 rounding.
+    affine
+        [replaced, retained] coefficients; None where all replacements are constants.
+    windows
+        Readers that take new weights instead of what the above would fold into them.
+    basis
+        What the scores that chose the channels estimate.
+    predicted_risk
+        ½ tr(G_PP R_PP) of the site, of what `basis` names; None where that is no risk.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="forbid")
+
+    name: str
+    tensor: str
+    axis: int
+    size: int
+    kept: Integers
+    constants: Floats
+    lossless: Integers = Field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    affine: Floats | None = None
+    windows: tuple[WindowPlan, ...] = ()
+    basis: str = ""
+    predicted_risk: float | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.kept) == 0 or (np.diff(self.kept) <= 0).any() or self.kept[0] < 0 or self.kept[-1] >= self.size:
+            raise ValueError(f"site {self.name}: `kept` must be ascending channel numbers from 0 to {self.size - 1}")
+        replaced = self.size - len(self.kept)
+        if self.constants.shape != (replaced,):
+            raise ValueError(f"site {self.name}: {replaced} channels are replaced but {self.constants.size} constants given")
+        if self.affine is not None and self.affine.shape != (replaced, len(self.kept)):
+            raise ValueError(f"site {self.name}: `affine` must be [{replaced}, {len(self.kept)}]")
+        if len({window.reader for window in self.windows}) < len(self.windows):
+            raise ValueError(f"site {self.name}: a reader has new weights twice")
+        for window in self.windows:
+            if window.columns.ndim != 3 or len(window.columns) != len(self.kept) or window.response.ndim != 2:
+                raise ValueError(
+                    f"site {self.name}: the weights of reader {window.reader} do not fit {len(self.kept)} channels"
+                )
+            if not np.isfinite(window.columns).all() or not np.isfinite(window.response).all():
+                raise ValueError(f"site {self.name}: the weights of reader {window.reader} must be finite")
+            if window.places is not None and window.places.shape != window.columns.shape[:2]:
+                raise ValueError(f"site {self.name}: `places` of reader {window.reader} must be {window.columns.shape[:2]}")
+        if not np.isfinite(self.constants).all() or (self.affine is not None and not np.isfinite(self.affine).all()):
+            raise ValueError(f"site {self.name}: constants and coefficients must be finite")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Digest over all that is done at the site."""
+        total = hashlib.sha256(repr((self.tensor, self.axis, self.size, [w.reader for w in self.windows])).encode())
+        arrays: list[npt.NDArray[Any] | None] = [self.kept, self.constants, self.affine]
+        arrays += [array for window in self.windows for array in (window.places, window.columns, window.response)]
+        for array in arrays:
+            total.update(b"" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
+
+    @property
+    def replaced(self) -> IntArray:
+        """Replaced channels, ascending."""
+        return np.setdiff1d(np.arange(self.size, dtype=np.int64), self.kept)
+
+
+class Plan(BaseModel):
+    """A whole plan, bound to the dense model by its digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    model_sha256: str
+    objective: str
+    replacement: str
+    swap: float
+    sites: tuple[SitePlan, ...]
+
+    def to_json(self) -> str:
+        """Text of the plan file."""
+        return self.model_dump_json(indent=None) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read a plan file; UsageError where it is not one."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError, TypeError, OverflowError) as error:  # the latter two from arrays
+            raise UsageError(
+                "the plan cannot be read", where=str(path), why=str(error), hint="write one with `mscompile MODEL`"
+            ) from error
+
+
+Keep = float | int
+"""A share of a site's channels (float up to 1.0) or their number (int)."""
+
+
+def selectable(scm: Scm, *, only: str | None = None, freeze: str | None = None) -> dict[int, list[Site]]:
+    """Sites by group, for the groups whose units can all be removed exactly and that the patterns admit."""
+    groups: dict[int, list[Site]] = {}
+    for site in scm.sites:
+        groups.setdefault(site.group, []).append(site)
+    return {
+        group: sites
+        for group, sites in groups.items()
+        if all(refusal(scm, site) is None for site in sites)
+        and (only is None or any(re.search(only, site.tensor) for site in sites))
+        and (freeze is None or not any(re.search(freeze, site.tensor) for site in sites))
+    }
+
+
+def refusal(scm: Scm, site: Site) -> str | None:
+    """Why a site is left alone, or None if its units can be replaced and removed exactly."""
+    if site.refusal is not None:
+        return str(site.refusal)
+    if len(np.unique(site.units)) < 2:
+        return "has a single unit"
+    if not has_carriers(scm, site):
+        return "is read with zero padding, and no channel can be made constant to carry the bias to the border exactly"
+    return None
+
+
+def resolve_keep(scm: Scm, groups: Mapping[int, Sequence[Site]], keep: Keep | Mapping[str, Keep]) -> dict[int, int]:
+    """Channels to keep per group, carrier included. Groups that are not named stay whole.
+
+    Raises
+    ------
+    UsageError
+        A named site does not exist, is left alone, or gets an impossible number.
+    """
+    if not isinstance(keep, Mapping):
+        return {group: _count(keep, _units(sites), "every site") for group, sites in groups.items()}
+    known = {site.tensor: site for site in scm.sites}
+    chosen: dict[int, int] = {}
+    for name, value in keep.items():
+        if name not in known:
+            raise UsageError(
+                f"there is no site {name!r}",
+                where=f"--keep {name}={value}",
+                why=f"the sites are {', '.join(known) or 'none'}",
+                hint="`mscompile inspect MODEL` lists them",
+            )
+        group = known[name].group
+        if group not in groups:
+            raise UsageError(
+                f"site {name!r} is left alone",
+                where=f"--keep {name}={value}",
+                why=next((r for s in scm.sites if s.group == group and (r := refusal(scm, s))), "it is frozen"),
+                hint="name another site",
+            )
+        chosen[group] = _count(value, _units(groups[group]), name)
+    return chosen
+
+
+def _units(sites: Sequence[Site]) -> int:
+    return len(np.unique(np.concatenate([site.units for site in sites])))
+
+
+def _count(keep: Keep, size: int, where: str) -> int:
+    count = max(1, round(keep * size)) if isinstance(keep, float) else keep
+    if not 1 <= count <= size:
+        raise UsageError(
+            f"cannot keep {keep} of {size} units",
+            where=f"--keep for {where}",
+            why="a share lies in (0, 1], a number between 1 and the size of the site",
+            hint="give a share such as 0.5 or a number such as 128",
+        )
+    return count
+
+
+def make_plan(
+    scm: Scm,
+    statistics: Statistics,
+    scores: Scores,
+    groups: Mapping[int, Sequence[Site]],
+    orders: Mapping[int, IntArray],
+    counts: Mapping[int, int],
+    *,
+    model_sha256: str,
+    replacement: str,
+    swap: float,
+    lossless: Mapping[int, int] | None = None,
+    predicted: bool = True,
+    factors: Mapping[str, Factor] | None = None,
+) -> Plan:
+    """Retain the units of each group that go last and fit replacements for the others.
+
+    Parameters
+    ----------
+    orders
+        Units by group in the order they go, see `mscompile.planning.selection`.
+    counts
+        Channels left in the compiled model by group. Where constants must reach a zero-padded border, some of them are the
+        carriers, so fewer units are retained.
+    replacement
+        One of `REPLACEMENTS`.
+    swap
+        Interchange probability that affine maps are fitted for.
+    lossless
+        By group, how many of the first units are functions of the others. Where no more go, least squares folds them without
+        loss, whatever an interchange may do.
+    predicted
+        Whether to predict each site's risk, which costs as much as the fit.
+    factors
+        By site tensor, what shortens its affine fits.
+    """
+    planned: list[SitePlan] = []
+    for group, count in counts.items():
+        sites = groups[group]
+        order = orders[group]
+        left = retained_units(order, count, scm.blocks, scm.frozen, sites)
+        retained = without_carriers(left, order, scm.blocks, sites)
+        if count == len(order) or not len(retained):
+            continue
+        # Whole heads or some channels of each: what costs less of what is no wider.
+        sets = [retained]
+        heads = retained_heads(order, count, scm.blocks, scm.frozen)
+        if heads is not None and len(heads) <= len(retained) and all(np.isin(site.units, heads).any() for site in sites):
+            sets.append(heads)
+        free = order[: (lossless or {}).get(group, 0)]
+        fitting = _Fitting(statistics, scores, replacement, swap, free, predicted or len(sets) > 1, factors or {})
+        plans = [fitting.group(sites, kept) for kept in sets]
+        planned += min(plans, key=lambda entries: sum(entry.predicted_risk or 0.0 for entry in entries))
+    place = {site.tensor: i for i, site in enumerate(scm.sites)}
+    planned.sort(key=lambda entry: place[entry.tensor])
+    return Plan(
+        model_sha256=model_sha256, objective=scores.objective, replacement=replacement, swap=swap, sites=tuple(planned)
+    )
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """How replacements of a group are fitted; `free` units cost nothing where least squares folds them."""
+
+    statistics: Statistics
+    scores: Scores
+    replacement: str
+    swap: float
+    free: IntArray
+    predicted: bool
+    factors: Mapping[str, Factor]
+
+    def group(self, sites: Sequence[Site], kept_units: IntArray) -> list[SitePlan]:
+        """Plans of the sites that lose units."""
+        cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
+        lost = np.concatenate([site.units for site in cut]) if cut else self.free
+        lossless = np.isin(lost, np.union1d(kept_units, self.free)).all()
+        return [self.site(site, kept_units, 0.0 if lossless else self.swap) for site in cut]
+
+    def site(self, site: Site, kept_units: IntArray, swap: float) -> SitePlan:
+        """Plan of one site."""
+        stays = np.isin(site.units, kept_units)
+        kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
+        moments = self.statistics.moments[site.tensor]
+        if len(kept) == 0:
+            raise GoalError(
+                "no unit of a site would be left",
+                where=site.tensor,
+                why="units of the same group are all that is kept",
+                hint="keep more units",
+            )
+        if self.replacement == CONSTANT:
+            fit = Fit(self.scores.constants[site.tensor][replaced], None)
+        elif site.rows is not None:
+            fit = fit_by_row(AFFINE_FITS[self.replacement], moments, kept, replaced, swap, site.rows)
+        elif site.tensor in self.factors and self.factors[site.tensor].fits(kept, swap):
+            fit = self.factors[site.tensor].fit(kept, replaced)
+        else:
+            fit = AFFINE_FITS[self.replacement](moments, kept, replaced, swap)
+        windows: tuple[WindowPlan, ...] = ()
+        if self.replacement == WINDOWED:
+            windows = tuple(_plan_windows(site, self.statistics, kept, replaced, swap))
+        risk = None
+        if self.predicted and self.scores.basis[site.tensor].startswith(MEASURABLE):
+            error = fit.error_moment(moments, kept, replaced)
+            risk = 0.5 * float(np.sum(joint_curvature(site, self.statistics)[np.ix_(replaced, replaced)] * error))
+        fields: dict[str, Any] = {
+            "name": site.tensor,
+            "tensor": site.tensor,
+            "axis": site.axis,
+            "size": site.size,
+            "kept": kept,
+            "lossless": replaced[np.isin(site.units[replaced], self.free)],
+            "constants": fit.constants,
+            "affine": fit.matrix,
+            "windows": windows,
+            "basis": self.scores.basis[site.tensor],
+            "predicted_risk": risk,
+        }
+        return SitePlan(**fields)
+
+
+def _plan_windows(
+    site: Site, statistics: Statistics, kept: IntArray, replaced: IntArray, swap: float
+) -> Iterator[WindowPlan]:
+    for reader in site.readers:
+        moments = statistics.windows.get(window_name(reader))
+        if moments is None or not determined(moments, len(kept)):
+            continue
+        refit = fit_window(moments, window_weight(site, reader, moments.window), kept, replaced, swap)
+        places = None
+        if not moments.window.kernel:
+            places = np.argsort(reader.index, kind="stable").reshape(site.size, -1)[kept]
+        columns, response = refit.columns.astype(np.float32), refit.response.astype(np.float32)
+        yield WindowPlan(reader=window_name(reader), places=places, columns=columns, response=response)

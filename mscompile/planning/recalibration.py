@@ -1,0 +1,195 @@
+"""Re-calibration: readers fitted once more, site by site, on the network as compiled so far.
+
+A plan fits each site as if all before it were dense. Behind several sites the retained channels take other values, and what
+was fitted to the dense ones no longer is the best. Here the readers of each planned site are fitted again, in the order of
+the graph, from what they see in the network compiled up to there to what the dense readers give (`planning.refits`). After
+each site the risk of the outputs is measured on data held out, and new weights that do worse than predicted are taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from mscompile.calibration.statistics import Statistics
+from mscompile.calibration.windows import FEATURES, view_of
+from mscompile.intake.data import Samples
+from mscompile.network.dense import DenseModel
+from mscompile.network.scm import Reader
+from mscompile.planning.plan import Plan, SitePlan, WindowPlan
+from mscompile.planning.refits import Sums, Target, refit
+from mscompile.planning.scores import SQUARED_OUTPUTS, measured_risk, predictable
+from mscompile.rewrite import rewrite
+from mscompile.runs.parcel import Parcel
+from mscompile.runs.work import FORGET, Stage, digest
+from mscompile.runtime import Progress, Session, no_progress
+from mscompile.verification.skeletons import skeleton_of
+from mscompile.verification.surgery import probe
+
+ROLLBACK = 1.5
+"""New weights are compared with the plan's where the risk measured exceeds the risk before plus this many times that
+predicted for the site; the better ones stay."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What replacing one more site does to the outputs, on samples held out.
+
+    Attributes
+    ----------
+    tensor
+        The site.
+    refitted
+        Readers with new weights; none where that does not pay or was rolled back.
+    predicted
+        Risk measured before this site plus its own predicted one; None where the plan predicts no risk of the outputs.
+    measured
+        Risk of all sites up to this one.
+    rolled_back
+        New weights went beyond the prediction and did worse than the plan's.
+    """
+
+    tensor: str
+    refitted: tuple[str, ...]
+    predicted: float | None
+    measured: float
+    rolled_back: bool
+
+
+def recalibrate(
+    source: DenseModel,
+    plan: Plan,
+    statistics: Statistics,
+    samples: Samples,
+    held: Samples,
+    outputs: Mapping[str, float],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    stage: Stage = FORGET,
+    progress: Progress = no_progress,
+) -> tuple[Plan, tuple[Step, ...]]:
+    """Fit the readers of a plan's sites once more, each behind those before it.
+
+    Costs two forward passes over `samples` up to each site, and one or two over `held`.
+
+    Parameters
+    ----------
+    samples
+        To fit on.
+    held
+        To measure the risk of the outputs on.
+    stage
+        Where each step is kept.
+    outputs
+        Weight by name of the outputs.
+    """
+    basis = next((entry.basis for entry in plan.sites if predictable(entry.basis)), SQUARED_OUTPUTS)
+    names = list(outputs) or [source.output]
+    weights = dict(outputs) or {source.output: 1.0}
+    wanted = Session(source.model).run_all(held.batches(batch_size), names)
+    inputs = {_input(reader) for entry in plan.sites for reader in source.scm.site(entry.tensor).readers}
+    dense = Session(probe(skeleton_of(source.model), sorted(inputs)))
+
+    def risk(sites: Sequence[SitePlan]) -> float:
+        compiled = rewrite(source.model, plan.model_copy(update={"sites": tuple(sites)})).model
+        found = Session(compiled).run_all(held.batches(batch_size), names)
+        return measured_risk(basis, wanted, found, weights) / len(held)
+
+    done: list[SitePlan] = []
+    steps: list[Step] = []
+    before = 0.0
+    for entry in progress(plan.sites, "re-calibrate", len(plan.sites)):
+        name = f"refit-{digest(known.sha256 for known in (*done, entry))}"
+        kept = stage.parcel(name)
+        if kept is not None:
+            stage.reuse(name, "sites re-calibrated")
+            step, windows = _unpacked(kept)
+            steps.append(step)
+            done.append(entry.model_copy(update={"windows": windows}))
+            before = step.measured
+            continue
+        partial = rewrite(source.model, plan.model_copy(update={"sites": tuple(done)})).model
+        targets = _targets(source, entry, statistics.moments[entry.tensor].mean)
+        fitted = tuple(_refits(targets, dense, partial, samples, plan, batch_size, seed))
+        given = {window.reader: window for window in (*entry.windows, *fitted)}
+        chosen = entry.model_copy(update={"windows": tuple(given.values())})
+        measured, rolled_back = risk([*done, chosen]), False
+        own = entry.predicted_risk if entry.basis == basis else None
+        if fitted and (own is None or measured > before + ROLLBACK * own):
+            plain = risk([*done, entry])
+            if plain < measured:
+                chosen, measured, fitted, rolled_back = entry, plain, (), True
+        predicted = None if own is None else before + own
+        steps.append(Step(entry.tensor, tuple(w.reader for w in fitted), predicted, measured, rolled_back))
+        done.append(chosen)
+        before = measured
+        stage.keep(name, _packed(steps[-1], chosen.windows))
+    return plan.model_copy(update={"sites": tuple(done)}), tuple(steps)
+
+
+def _packed(step: Step, windows: Sequence[WindowPlan]) -> Parcel:
+    """A step and the new weights that it left, to be kept."""
+    arrays = {
+        f"{i}-{part}": array
+        for i, window in enumerate(windows)
+        for part in ("places", "columns", "response")
+        if (array := getattr(window, part)) is not None
+    }
+    return Parcel({"step": vars(step), "readers": [window.reader for window in windows]}, arrays)
+
+
+def _unpacked(kept: Parcel) -> tuple[Step, tuple[WindowPlan, ...]]:
+    step = Step(**{**kept.header["step"], "refitted": tuple(kept.header["step"]["refitted"])})
+    parts = ("places", "columns", "response")
+    windows = (
+        WindowPlan.model_validate({"reader": reader, **{part: kept.arrays.get(f"{i}-{part}") for part in parts}})
+        for i, reader in enumerate(kept.header["readers"])
+    )
+    return step, tuple(windows)
+
+
+def _input(reader: Reader) -> str:
+    linear = reader.signature.linear
+    assert linear is not None
+    value = reader.node.inputs[linear.data]
+    assert value is not None
+    return value.name or ""
+
+
+def _targets(source: DenseModel, entry: SitePlan, centre: np.ndarray) -> list[Target]:
+    site = source.scm.site(entry.tensor)
+    if site.rows is not None:  # what its readers see is mixed by attention, or in groups: the law does not hold there
+        return []
+    views = ((reader, view_of(site, reader)) for reader in site.readers)
+    targets = [Target(site, reader, view, entry, centre) for reader, view in views if view is not None]
+    return [target for target in targets if target.features <= FEATURES]
+
+
+def _refits(
+    targets: Sequence[Target],
+    dense: Session,
+    partial: ir.Model,
+    samples: Samples,
+    plan: Plan,
+    batch_size: int,
+    seed: int,
+) -> list[WindowPlan]:
+    """New weights of the readers of one site, for those where they pay."""
+    if not targets:
+        return []
+    names = list(dict.fromkeys(_input(target.reader) for target in targets))
+    compiled = Session(probe(skeleton_of(partial), names))
+    halves = [(Sums(target, plan.swap), Sums(target, plan.swap)) for target in targets]
+    rng = np.random.default_rng(seed)
+    for number, batch in enumerate(samples.batches(batch_size)):
+        there, here = dense.run(batch, names), compiled.run(batch, names)
+        for target, pair in zip(targets, halves, strict=True):
+            name = _input(target.reader)
+            (e, d), marks = target.rows((here[name], there[name]), len(samples), rng)
+            pair[number % 2].add(e, d, marks)
+    found = (refit(pair) for pair in halves)
+    return [window for window in found if window is not None]

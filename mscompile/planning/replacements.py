@@ -1,0 +1,191 @@
+"""Fitting replacements: the affine map that stands in for a unit's mechanism. Constants come with the scores.
+
+All fits are closed forms of a site's mean μ and covariance Σ, for retained channels K and replaced channels P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from mscompile.calibration.statistics import Moments
+from mscompile.operators import IntArray
+
+Array = npt.NDArray[np.float64]
+
+RIDGE = 1e-6
+"""Share of its own variance added to each retained channel's, so that dependent channels do no harm.
+
+Float32 sums carry a relative error of about 1e-7; directions of smaller variance are noise. A share of its own, so that
+rescaling a unit changes nothing.
+"""
+ROUNDING = float(np.finfo(np.float32).eps)
+"""Relative error of a sum of products in float32."""
+FLOOR = 1e-12
+"""Share of the mean variance added besides, for channels that do not vary at all."""
+TINY = float(np.finfo(np.float32).tiny)
+PARENTS = 8
+"""Retained parents of a replaced unit in the sparse fit, as in Asiaee 2026."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``a_P := constants + matrix · a_K``.
+
+    Attributes
+    ----------
+    constants
+        [replaced], in the units of the activation.
+    matrix
+        [replaced, retained]; None for constant replacement.
+    """
+
+    constants: Array
+    matrix: Array | None
+
+    def error_moment(self, moments: Moments, kept: IntArray, replaced: IntArray) -> Array:
+        """[replaced, replaced]: second moment of replacement minus activation on the calibration data.
+
+        Without covariance in `moments`, errors of different channels are taken as uncorrelated.
+        """
+        if self.matrix is None:
+            bias = self.constants - moments.mean[replaced]
+            spread = np.diag(moments.variance) if moments.scatter is None else moments.covariance
+            return spread[np.ix_(replaced, replaced)] + np.outer(bias, bias)
+        sigma = moments.covariance
+        bias = self.constants + self.matrix @ moments.mean[kept] - moments.mean[replaced]
+        cross = self.matrix @ sigma[np.ix_(kept, replaced)]
+        residual = sigma[np.ix_(replaced, replaced)] - cross - cross.T
+        return residual + self.matrix @ sigma[np.ix_(kept, kept)] @ self.matrix.T + np.outer(bias, bias)
+
+
+def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
+    """Affine map of all retained channels, of least squared error under interchange with swap probability p.
+
+    With V = Σ − X, X the covariance between different samples at the same position, which a swapped unit keeps,
+
+        ``B = ((1−p) V_PK + X_PK) [q V_KK + (1−q) diag V_KK + X_KK]⁻¹``,  ``q = (1−p)² + p²``,
+
+    and ``μ_P − B μ_K``. p = 0 is least squares, and without positions p = 1 is the constant.
+    """
+    sigma, common = moments.covariance, moments.common
+    bracket = interchanged(sigma, common, swap)[np.ix_(kept, kept)]
+    stabilise(bracket)
+    cross = ((1 - swap) * sigma + swap * common)[np.ix_(kept, replaced)]
+    matrix = scipy.linalg.solve(bracket, cross, assume_a="pos").T
+    return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What `fit_affine` inverts, factored along an order, so that fits on its last channels cost no factoring of their own.
+
+    The bracket of retained channels is a leading block of the whole one, those that go last first, and so is its factor.
+
+    Attributes
+    ----------
+    order
+        Channels, last to go first.
+    lower
+        Cholesky factor in that order.
+    """
+
+    moments: Moments
+    swap: float
+    order: IntArray
+    lower: Array
+
+    @classmethod
+    def make(cls, moments: Moments, swap: float, order: IntArray) -> Factor | None:
+        """None where the bracket is not positive definite to rounding."""
+        bracket = interchanged(moments.covariance, moments.common, swap)[np.ix_(order, order)]
+        stabilise(bracket)
+        try:
+            return cls(moments, swap, order, scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True))
+        except scipy.linalg.LinAlgError:
+            return None
+
+    def fits(self, kept: IntArray, swap: float) -> bool:
+        """Whether the retained channels are the last ones, and the swap probability is that of the factor."""
+        return swap == self.swap and np.array_equal(np.sort(self.order[: len(kept)]), kept)
+
+    def fit(self, kept: IntArray, replaced: IntArray) -> Fit:
+        """As `fit_affine`, up to the floor of the ridge."""
+        first, moments, swap = self.order[: len(kept)], self.moments, self.swap
+        cross = (1 - swap) * moments.covariance[np.ix_(first, replaced)] + swap * moments.common[np.ix_(first, replaced)]
+        matrix = np.empty((len(kept), len(replaced)))
+        matrix[np.argsort(np.argsort(first))] = scipy.linalg.cho_solve((self.lower[: len(kept), : len(kept)], True), cross)
+        return Fit(moments.mean[replaced] - moments.mean[kept] @ matrix, matrix.T)
+
+
+def fit_by_row(
+    fit: Callable[[Moments, IntArray, IntArray, float], Fit],
+    moments: Moments,
+    kept: IntArray,
+    replaced: IntArray,
+    swap: float,
+    rows: IntArray,
+) -> Fit:
+    """The same fit where a replaced channel may be a function of the retained channels of its own row only."""
+    constants, matrix = np.empty(len(replaced)), np.zeros((len(replaced), len(kept)))
+    for row in np.unique(rows[replaced]):
+        to, away = np.flatnonzero(rows[kept] == row), np.flatnonzero(rows[replaced] == row)
+        if not len(to):
+            constants[away] = moments.mean[replaced[away]]
+            continue
+        part = fit(moments, kept[to], replaced[away], swap)
+        constants[away] = part.constants
+        if part.matrix is not None:
+            matrix[np.ix_(away, to)] = part.matrix
+    return Fit(constants, matrix)
+
+
+def stabilise(bracket: Array) -> None:
+    """Add the ridge to a covariance, in place, so that it is positive definite whatever rounding made of it.
+
+    Sums of n channels are known to `ROUNDING` of their standard deviations, entry by entry, which moves an eigenvalue of the
+    correlations by n times as much at most; no direction that varies less than that is told from noise.
+    """
+    diagonal = np.diagonal(bracket)
+    ridge = max(RIDGE, ROUNDING * len(bracket))
+    bracket[np.diag_indices_from(bracket)] = diagonal * (1 + ridge) + FLOOR * max(float(diagonal.mean()), TINY)
+
+
+def interchanged(sigma: Array, common: Array, swap: float) -> Array:
+    """[channels, channels]: covariance of the channels after each is swapped with probability `swap`."""
+    both = (1 - swap) ** 2 + swap**2
+    mixed = both * sigma + (1 - both) * common
+    mixed[np.diag_indices_from(mixed)] = np.diagonal(sigma)
+    return mixed
+
+
+def fit_parents(moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Fit:
+    """Least squares on the `PARENTS` most correlated retained channels of each replaced one (Asiaee 2026, section 4)."""
+    del swap
+    sigma = moments.covariance
+    scale = np.sqrt(np.maximum(moments.variance, TINY))
+    strength = np.abs(sigma[np.ix_(replaced, kept)]) / scale[kept]
+    matrix = np.zeros((len(replaced), len(kept)))
+    count = min(PARENTS, len(kept))
+    for row, channel in enumerate(replaced.tolist()):
+        parents = np.sort(np.argsort(-strength[row], kind="stable")[:count])
+        chosen = kept[parents]
+        within = sigma[np.ix_(chosen, chosen)]
+        stabilise(within)
+        matrix[row, parents] = scipy.linalg.solve(within, sigma[chosen, channel], assume_a="pos")
+    return Fit(moments.mean[replaced] - matrix @ moments.mean[kept], matrix)
+
+
+CONSTANT = "constant"
+WINDOWED = "affine"
+"""The affine replacement that also fits readers by their windows, where they have any."""
+AFFINE_FITS: Mapping[str, Callable[[Moments, IntArray, IntArray, float], Fit]] = {
+    WINDOWED: fit_affine,
+    "affine-pointwise": fit_affine,
+    "affine-parents": fit_parents,
+}
+REPLACEMENTS = (*AFFINE_FITS, CONSTANT)

@@ -1,0 +1,1 @@
+"""Goals: which widths, and candidates tried on the way down."""

@@ -1,0 +1,187 @@
+"""Candidates: plans of given widths, carried out; all from one calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mscompile.calibration.statistics import Statistics
+from mscompile.clock import Clock
+from mscompile.intake.data import Samples
+from mscompile.network.dense import DenseModel
+from mscompile.options import Options
+from mscompile.planning.plan import Plan, SitePlan, make_plan
+from mscompile.planning.recalibration import Step, recalibrate
+from mscompile.planning.replacements import AFFINE_FITS, Factor, fit_affine
+from mscompile.planning.scores import Scores
+from mscompile.planning.selection import Elimination, without_carriers
+from mscompile.rewrite import Compiled, rewrite
+from mscompile.runs.work import FORGET, Stage, digest
+from mscompile.runtime import Progress
+from mscompile.verification.metrics import METRICS
+from mscompile.verification.verify import Fidelity, Interchange, Law, make_pair
+
+HELD_SAMPLES = 256
+"""Samples on which risks are measured while candidates are made, at most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Widths carried out.
+
+    Attributes
+    ----------
+    fitted, plan
+        As fitted to the dense network, and after re-calibration.
+    interchange
+        None where nothing was cut.
+    steps
+        What re-calibration found, site by site.
+    """
+
+    fitted: Plan
+    plan: Plan
+    compiled: Compiled
+    interchange: Interchange | None
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What candidates are made from.
+
+    Attributes
+    ----------
+    parts
+        The data, see `search.SHARES`: candidates are fitted on `calibrate` and compared on `choose`.
+    stage
+        Where measurements are kept.
+    """
+
+    source: DenseModel
+    statistics: Statistics
+    scores: Scores
+    eliminations: Mapping[int, Elimination]
+    parts: Mapping[str, Samples]
+    options: Options
+    clock: Clock
+    progress: Progress
+    stage: Stage = FORGET
+    _planned: dict[tuple[int, int, bool], tuple[SitePlan, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """Samples at a time."""
+        return self.options.batch_size
+
+    @property
+    def outputs(self) -> Mapping[str, float]:
+        """Weight by name of the outputs whose change is scored."""
+        return self.source.weighted_outputs(self.options)
+
+    @property
+    def held(self) -> Samples:
+        """Samples that took no part in fitting, for risks."""
+        batch = self.source.batch or 1
+        return self.parts["choose"].take(slice(max(HELD_SAMPLES // batch, 1) * batch))
+
+    def carriers(self, group: int) -> int:
+        """How many of the channels left of a group carry constants."""
+        order, scm = self.eliminations[group].order, self.source.scm
+        return len(order) - len(without_carriers(order, order, scm.blocks, self.source.groups[group]))
+
+    def plans(self, counts: Mapping[int, int], *, predicted: bool = False) -> tuple[SitePlan, ...]:
+        """Plans of the sites that are cut, in the order of the graph; `predicted` as in `make_plan`."""
+        found: list[SitePlan] = []
+        for group, count in counts.items():
+            key = group, count, predicted
+            if key not in self._planned:
+                self._planned[key] = self._plan({group: count}, predicted=predicted).sites
+            found += self._planned[key]
+        place = {site.tensor: i for i, site in enumerate(self.source.scm.sites)}
+        return tuple(sorted(found, key=lambda plan: place[plan.tensor]))
+
+    def _plan(self, counts: Mapping[int, int], *, predicted: bool = True) -> Plan:
+        source, options = self.source, self.options
+        with self.clock.time("plan"):
+            return make_plan(
+                source.scm,
+                self.statistics,
+                self.scores,
+                source.groups,
+                {group: elimination.order for group, elimination in self.eliminations.items()},
+                counts,
+                model_sha256=source.sha256,
+                replacement=options.replacement,
+                swap=options.swap,
+                lossless={group: elimination.lossless for group, elimination in self.eliminations.items()},
+                predicted=predicted,
+                factors=self._factors,
+            )
+
+    @cached_property
+    def _factors(self) -> dict[str, Factor]:
+        """By site tensor; none where channels of several rows, or units of several channels, leave no order."""
+        swap, found = self.options.swap, {}
+        for group, elimination in self.eliminations.items():
+            for site in self.source.groups[group]:
+                single = site.rows is None and len(np.unique(site.units)) == site.size
+                if not single or AFFINE_FITS.get(self.options.replacement) is not fit_affine:
+                    continue
+                place = np.argsort(elimination.order)
+                own = place[np.searchsorted(elimination.order, site.units, sorter=place)]
+                factor = Factor.make(self.statistics.moments[site.tensor], swap, np.argsort(-own))
+                if factor is not None:
+                    found[site.tensor] = factor
+        return found
+
+    def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
+        """Plan, re-calibrate where asked for, rewrite, and open for interchange."""
+        source, options = self.source, self.options
+        fitted = self._plan({}).model_copy(update={"sites": self.plans(counts, predicted=True)})
+        plan = fitted
+        steps: tuple[Step, ...] = ()
+        if recalibrated and fitted.sites:
+            with self.clock.time("re-calibrate"):
+                plan, steps = recalibrate(
+                    source,
+                    fitted,
+                    self.statistics,
+                    self.parts["calibrate"],
+                    self.held,
+                    self.outputs,
+                    batch_size=self.batch,
+                    seed=options.seed,
+                    stage=self.stage,
+                    progress=self.progress,
+                )
+        with self.clock.time("rewrite"):
+            compiled = rewrite(source.model, plan)
+        interchange = None
+        if plan.sites:
+            with self.clock.time("verify"):
+                pair = make_pair(source.model, compiled.model, plan, source.ranks, compiled.alignment)
+                metric = None if options.metric is None else METRICS[options.metric]
+                interchange = Interchange(pair, self.parts["choose"], batch_size=self.batch, metric=metric)
+        return Candidate(fitted, plan, compiled, interchange, steps)
+
+    def measure(self, candidate: Candidate, part: str, law: Law | None = None, swap: float | None = None) -> Fidelity:
+        """Interchange on one part, under the law asked for unless another is given."""
+        assert candidate.interchange is not None
+        options = self.options
+        law, swap = options.law if law is None else law, options.swap if swap is None else swap
+        name = f"interchange-{part}-{law}-{swap}-{digest(entry.sha256 for entry in candidate.plan.sites)}"
+
+        def found() -> dict[str, Any]:
+            assert candidate.interchange is not None
+            measured = candidate.interchange.run(
+                self.parts[part], law=law, swap=swap, seed=options.seed, delta=options.delta, progress=self.progress
+            )
+            return vars(measured)
+
+        with self.clock.time("verify"):
+            return Fidelity(**self.stage.recall(name, f"interchange with swap {swap:g}", found))

@@ -1,0 +1,1 @@
+"""Interventions by graph surgery, and what they prove."""
