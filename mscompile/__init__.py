@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from mscompile.errors import MscompileError
+
+# onnxruntime from 1.29 on reports to its maker, from when it is first loaded, unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from mscompile.options import Options

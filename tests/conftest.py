@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import mscompile  # noqa: F401  # before tests load onnxruntime: what it is told of telemetry counts then
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

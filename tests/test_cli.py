@@ -905,3 +905,13 @@ def test_a_full_disk_leaves_the_old_output(small: Path):
     )  # fmt: skip
     refused(Ran(ran.returncode, ran.stdout, ran.stderr), 8, "File too large")
     assert written(small.parent) == before
+
+
+def test_onnxruntime_keeps_no_record_of_the_user(tmp_path: Path):
+    """Its device identifier and its queue of events would lie in the user's cache folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = str(Path(mscompile.__file__).parents[1])
+    command = [sys.executable, "-m", "mscompile", "inspect", str(shipped("digits"))]
+    assert not subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    assert not list(tmp_path.rglob("*onnxruntime*"))

@@ -56,6 +56,7 @@ def ray_crew(address: str) -> Crew:
     given = address if address != "ray" else os.environ.get("RAY_ADDRESS")
     if not given:
         os.environ.setdefault(LOOPBACK, "0")  # read when Ray is imported
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
