@@ -21,6 +21,7 @@ from mscompile.options import Options
 from mscompile.planning.plan import Plan
 from mscompile.report import Report
 from mscompile.reporting import build_report, stamp
+from mscompile.runs.limits import finishing
 from mscompile.runs.locks import claimed
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
@@ -151,18 +152,19 @@ def _compile(
     compiled = stamp(result.compiled, result.plan, source.sha256)
     _document(compiled, source.model)
     check_unchanged(source.model)
-    with clock.time("save"):
-        sha256, size = _write_model(compiled, target, external=external)
-    warnings += run.work.notes
-    report = build_report(source, result, samples, options, clock, warnings, command, compiled, target, sha256, size)
-    report = report.model_copy(update={"reused": run.work.reused})
-    if target is not None:
-        plan_path, report_path = _beside(target)
-        with staged(plan_path) as draft:
-            draft.write_text(result.plan.to_json(), encoding="utf-8")
-        with staged(report_path) as draft:
-            draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    run.work.finish()
+    with finishing():
+        with clock.time("save"):
+            sha256, size = _write_model(compiled, target, external=external)
+        warnings += run.work.notes
+        report = build_report(source, result, samples, options, clock, warnings, command, compiled, target, sha256, size)
+        report = report.model_copy(update={"reused": run.work.reused})
+        if target is not None:
+            plan_path, report_path = _beside(target)
+            with staged(plan_path) as draft:
+                draft.write_text(result.plan.to_json(), encoding="utf-8")
+            with staged(report_path) as draft:
+                draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        run.work.finish()
     return Compilation(compiled, result.plan, report, target)
 
 

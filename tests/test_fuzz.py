@@ -77,4 +77,4 @@ def test_source_neither_unpickles_nor_evaluates_nor_reaches_out():
 
 def test_only_the_trial_and_workers_start_processes():
     starting = {path.relative_to(ROOT).as_posix() for path, tree in sources() if "subprocess" in ast.unparse(tree)}
-    assert starting <= {"trial.py"} | {name for name in starting if name.startswith("runs/")}
+    assert starting <= {"intake/trial.py"} | {name for name in starting if name.startswith("runs/")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from mscompile.calibration.survey import survey
 from mscompile.errors import DataError, ResourceError, UsageError
 from mscompile.intake.data import Samples
 from mscompile.network.scm import Scm
+from mscompile.runs.limits import finishing
 from mscompile.runs.locks import HELD, acquire, claimed
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Cut, Run, Task, Tick
@@ -317,3 +319,18 @@ def test_a_lock_that_is_taken_over(tmp_path: Path):
     first.close()
     assert acquire(path) is None
     second.close()
+
+
+def test_what_is_being_written_is_finished_before_a_signal_counts():
+    written = []
+
+    def write() -> None:
+        with finishing():
+            signal.raise_signal(signal.SIGINT)
+            written.append("the second file")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert written
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # as it was

@@ -53,6 +53,24 @@ class Stopped(BaseException):
         self.error = error
 
 
+@contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """Put off what would stop the run until files that belong together are all written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for the main thread
+        return
+    late: dict[int, None] = {}
+    held = [n for n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGALRM", None)) if n is not None]
+    previous = {number: signal.signal(number, lambda seen, _: late.setdefault(seen)) for number in held}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for number in late:
+        signal.raise_signal(number)
+
+
 class Limits:
     """A watch over a run.
 
@@ -100,7 +118,7 @@ class Limits:
 
     def _watch(self) -> None:
         start, main = time.monotonic(), threading.main_thread().ident
-        while not self._end.wait(LOOK_SECONDS):
+        while not self._end.wait(self._pause(time.monotonic() - start)):
             used = _resident() if self.memory is not None else 0
             if self.exceeded is None:
                 self.exceeded = self._found(time.monotonic() - start, used)
@@ -110,6 +128,11 @@ class Limits:
                 with contextlib.suppress(OSError):
                     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"mscompile: {self.exceeded}\n".encode())
                 os._exit(ResourceError.exit_code)
+
+    def _pause(self, seconds: float) -> float:
+        """Until the next look."""
+        left = LOOK_SECONDS if self.seconds is None or self.exceeded is not None else max(self.seconds - seconds, 0.001)
+        return min(LOOK_SECONDS, left)
 
     def _found(self, seconds: float, used: int) -> ResourceError | None:
         if self.seconds is not None and seconds > self.seconds:

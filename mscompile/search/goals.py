@@ -128,7 +128,7 @@ def descend(curves: Mapping[int, Curve], cost: Cost) -> Iterator[tuple[dict[int,
                 continue
             saved = cost(counts, group) - cost({**counts, group: curve.counts[place + 1]}, group)
             if saved <= 0:
-                saved = np.finfo(np.float64).tiny
+                saved = float(np.finfo(np.float64).tiny)
             price = (curve.risk[place + 1] - curve.risk[place]) / saved
             if best is None or price < best[0]:
                 best = price, group, saved
