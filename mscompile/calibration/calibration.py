@@ -231,19 +231,6 @@ def _pass(
     )
 
 
-def _add(totals: dict[str, Array], found: Mapping[str, Array]) -> None:
-    """Take more sums, and extremes, into the totals."""
-    for name, value in found.items():
-        if name not in totals:
-            totals[name] = value
-        elif name.startswith(quantity_of("", "high")):
-            np.maximum(totals[name], value, out=totals[name])
-        elif name.startswith(quantity_of("", "low")):
-            np.minimum(totals[name], value, out=totals[name])
-        else:
-            totals[name] += value
-
-
 def _moments(site: Site, found: Mapping[str, Array], centre: Array, block: slice | None) -> Moments:
     """Undo the centring. Of a block of channels, outer products are there for its rows alone."""
     count = int(found[name_of(site, "count")])
