@@ -321,6 +321,15 @@ def test_a_lock_that_is_taken_over(tmp_path: Path):
     second.close()
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT counts, as it does not where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_what_is_being_written_is_finished_before_a_signal_counts():
     written = []
 
