@@ -12,8 +12,8 @@ import onnx_ir as ir
 from mscompile.clock import Clock
 from mscompile.errors import GoalError, UsageError
 from mscompile.files import file_bytes, is_large, output_conflict, save_model, staged
-from mscompile.intake.data import Source
 from mscompile.intake.loading import NOTES, check_unchanged
+from mscompile.intake.samples import Source
 from mscompile.intake.wire import check_regular
 from mscompile.network.dense import Model, check_outputs, find_data, nothing_to_cut, open_dense
 from mscompile.network.inspection import Inspection, inspect_scm

@@ -18,8 +18,8 @@ import onnxruntime as ort
 from mscompile.audit.disjointness import encode, fingerprints
 from mscompile.clock import Clock
 from mscompile.files import file_bytes
-from mscompile.intake.data import Samples
 from mscompile.intake.provenance import METADATA, seal
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel, generated_inputs
 from mscompile.network.inspection import Inspection, inspect_scm, readers_of
 from mscompile.network.sizes import Sizes, count_macs, count_parameters, measure_latency

@@ -17,7 +17,7 @@ from mscompile.calibration.statistics_file import load_statistics, save_statisti
 from mscompile.calibration.windows import view_of, window_name, window_weight
 from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.files import output_conflict, save_model, staged
-from mscompile.intake.data import Source
+from mscompile.intake.samples import Source
 from mscompile.network.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
 from mscompile.network.scm import Site
 from mscompile.options import Options

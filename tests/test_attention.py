@@ -10,7 +10,7 @@ import onnx.parser
 import pytest
 from golden import canonical, inputs, plan_for, run
 
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import open_dense
 from mscompile.rewrite import rewrite
 from mscompile.verification.verify import FOLD_TOLERANCE, fold_error, make_pair

@@ -826,7 +826,8 @@ def test_b18_a_file_that_is_exchanged_is_not_read(tmp_path: Path):
 
 
 def test_c14_what_was_read_stays_as_it_was(tmp_path: Path):
-    from mscompile.intake.data import InputSpec, read
+    from mscompile.intake.data import read
+    from mscompile.intake.samples import InputSpec
 
     (tmp_path / "x.npz").write_bytes(npz(x=X))
     found = read(tmp_path / "x.npz", [InputSpec("x", np.dtype(np.float32), ("N", 6))])

@@ -14,7 +14,7 @@ from mscompile.calibration.instrument import Measure
 from mscompile.calibration.reverse import differentiate, sample_shapes
 from mscompile.calibration.seeds import random_signs
 from mscompile.calibration.statistics import Statistics
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, read_scm
 from mscompile.operators.backward import Builder
 from mscompile.runtime import Session

@@ -23,8 +23,9 @@ from onnx import numpy_helper
 from safetensors.numpy import save, save_file
 
 from mscompile.errors import DataError, MscompileError, ResourceError, UnsupportedError, UsageError
-from mscompile.intake import data
-from mscompile.intake.data import InputSpec, Samples, find_beside, read, recipe
+from mscompile.intake import conforming, room, sources
+from mscompile.intake.data import find_beside, read, recipe
+from mscompile.intake.samples import InputSpec, Samples
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 X = np.arange(15, dtype=np.float32).reshape(5, 3) / 8
@@ -171,7 +172,7 @@ def test_every_source_gives_the_same_samples(make: Callable[[Path], Any], tmp_pa
 def test_npy_serves_models_of_one_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
     np.save(tmp_path / "a.npy", X)
     if mapped:
-        monkeypatch.setattr(data, "MAP_ABOVE", 16)
+        monkeypatch.setattr(room, "MAP_ABOVE", 16)
     x = read(tmp_path / "a.npy", ONE).inputs["x"]
     np.testing.assert_array_equal(x, X)
     owner: Any = x
@@ -242,7 +243,7 @@ def test_limit_keeps_the_first_samples_and_reads_no_further() -> None:
 
 
 def test_endless_sources_stop_at_the_default_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "BOUND", 12)
+    monkeypatch.setattr(sources, "BOUND", 12)
     samples = read(({"x": X + i} for i in iter(int, 1)), ONE)
     assert len(samples) == 12
     assert "stopped at 12 samples" in "".join(samples.notes)
@@ -252,16 +253,16 @@ def test_endless_sources_stop_at_the_default_bound(monkeypatch: pytest.MonkeyPat
 def test_memory_bounds_what_is_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = as_npz(tmp_path / "a.npz", x=X)
     save_file({"x": X}, tmp_path / "a.safetensors")
-    monkeypatch.setattr(data, "available_memory", lambda: 100)
+    monkeypatch.setattr(room, "available_memory", lambda: 100)
     assert "fit into memory" in refused(({"x": X + i} for i in iter(int, 1)), error=ResourceError)
-    monkeypatch.setattr(data, "MAP_ABOVE", 100)
+    monkeypatch.setattr(room, "MAP_ABOVE", 100)
     assert "fit into memory" in refused(path, error=ResourceError)
     assert "fit into memory" in refused(tmp_path / "a.safetensors", error=ResourceError)
     assert "fit into memory" in refused({"x": np.tile(X, (9, 1)).astype("f2")}, error=ResourceError)
 
 
 def test_available_memory_is_plausible() -> None:
-    assert 2**20 < data.available_memory() <= sys.maxsize
+    assert 2**20 < room.available_memory() <= sys.maxsize
 
 
 def test_running_out_of_memory_is_a_resource_error() -> None:
@@ -383,11 +384,11 @@ def test_encrypted_members(tmp_path: Path) -> None:
 
 
 def test_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MAP_ABOVE", 2**20)
+    monkeypatch.setattr(room, "MAP_ABOVE", 2**20)
     monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("unpacked"))
     np.savez_compressed(tmp_path / "a.npz", x=np.zeros((2**18, 3), np.float32))
     assert "would expand" in refused(tmp_path / "a.npz")
-    monkeypatch.setattr(data, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(room, "available_memory", lambda: 2**20)
     np.savez(tmp_path / "a.npz", x=np.zeros((2**18, 3), np.float32))
     assert "fit into memory" in refused(tmp_path / "a.npz", error=ResourceError)
 
@@ -662,7 +663,7 @@ def test_infinities_are_not_an_overflow() -> None:
 
 
 def test_conversion_says_which_sample_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "PIECE", 64)
+    monkeypatch.setattr(conforming, "PIECE", 64)
     x = np.ones((20, 3))
     x[17, 1] = 1e300
     message = refused({"x": x})
@@ -825,7 +826,7 @@ def test_fixed_batch_that_is_not_reached() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "PIECE", 48)
+    monkeypatch.setattr(conforming, "PIECE", 48)
     x = np.ones((20, 3), np.float32)
     x[13, 2] = x[13, 0] = x[19, 1] = value
     said = "3 values of 'x' are NaN or infinite, the first in sample 13"
@@ -844,7 +845,7 @@ def test_weak_data_is_noted() -> None:
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", data.LABEL_NAMES)
+@pytest.mark.parametrize("name", sources.LABEL_NAMES)
 def test_labels_are_recognised(name: str, tmp_path: Path) -> None:
     samples = read(as_npz(tmp_path / "a.npz", x=X, **{name: Y}), ONE)
     np.testing.assert_array_equal(samples.labels, Y)

@@ -22,7 +22,7 @@ from graphs import GRAPHS
 from onnx import helper, numpy_helper
 from test_operators import EXAMPLES, MICROSOFT, ROUNDING, Example, outputs_of
 
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, read_scm
 from mscompile.network.units import even
 from mscompile.operators import OUT, Port

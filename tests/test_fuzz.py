@@ -40,7 +40,7 @@ _NETWORK = "socket ssl http urllib urllib3 requests httpx aiohttp ftplib smtplib
 UNWANTED = frozenset([*_PICKLES.split(), *_NETWORK.split(), "torch.hub", "onnx.hub"])
 """Modules that unpickle, or reach for the network."""
 CALLS = frozenset(["eval", "exec", "__import__", "compile"])
-SCRIPT = ("data.py", "metrics.py")
+SCRIPT = ("sources.py", "metrics.py")
 """Where a script that the user names is run; nowhere else is anything."""
 
 

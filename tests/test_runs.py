@@ -19,7 +19,7 @@ from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.summation import Shards, Summation
 from mscompile.calibration.survey import survey
 from mscompile.errors import DataError, ResourceError, UsageError
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm
 from mscompile.runs.limits import finishing
 from mscompile.runs.locks import HELD, acquire, claimed

@@ -16,7 +16,7 @@ from onnx import helper
 from small_models import FEATURES, mlp, samples, set_weight, weight
 
 from mscompile.errors import UnsupportedError, VerificationError
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel, open_dense
 from mscompile.planning.plan import Plan, SitePlan
 from mscompile.rewrite import rewrite

@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 
 BYTES = 6
 """Of each digest: among 10 000 audited and 100 000 known samples, two strangers meet with probability 4e-6."""

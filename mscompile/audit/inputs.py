@@ -19,9 +19,10 @@ import onnx.inliner
 from mscompile.audit.disjointness import Fingerprints, decode, fingerprints
 from mscompile.audit.report import AuditedData, AuditedFile
 from mscompile.errors import DataError, UnsupportedError, UsageError, VerificationError
-from mscompile.intake.data import InputSpec, Samples, Source, read
+from mscompile.intake.data import read
 from mscompile.intake.loading import load_model
 from mscompile.intake.provenance import METADATA, changed_parts
+from mscompile.intake.samples import InputSpec, Samples, Source
 from mscompile.verification.skeletons import Skeleton, skeleton_of
 
 

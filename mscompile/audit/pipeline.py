@@ -22,7 +22,7 @@ from mscompile.audit.claims import compare, decide_claims, measure_laws, measure
 from mscompile.audit.inputs import open_model, read_data
 from mscompile.audit.report import Asked, AuditedData, AuditReport, Check, Claim
 from mscompile.audit.setup import AuditOptions, Setup, prepare
-from mscompile.intake.data import Source
+from mscompile.intake.samples import Source
 from mscompile.runtime import Progress, no_progress
 from mscompile.verification.certificate import Verdict
 from mscompile.verification.metrics import Metric

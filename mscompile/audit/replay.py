@@ -17,7 +17,8 @@ from mscompile.audit.report import AuditedData, AuditReport, Claim
 from mscompile.audit.setup import AuditOptions, prepare
 from mscompile.audit.tau import SiteClaim
 from mscompile.errors import VerificationError
-from mscompile.intake.data import Samples, Source, read
+from mscompile.intake.data import read
+from mscompile.intake.samples import Samples, Source
 from mscompile.runtime import Progress, no_progress
 
 LOSS = 1e-6

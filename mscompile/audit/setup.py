@@ -15,8 +15,8 @@ from mscompile.audit.outputs import Measure, Output, choose_outputs, measures_of
 from mscompile.audit.report import AuditedSite, Check, Convention
 from mscompile.audit.tau import Origin, SiteClaim, Tau, claims_of_file, claims_of_metadata, claims_of_plan, inferred, resolve
 from mscompile.errors import MscompileError, UsageError, VerificationError
-from mscompile.intake.data import Samples
 from mscompile.intake.provenance import METADATA
+from mscompile.intake.samples import Samples
 from mscompile.runtime import Arrays, Session
 from mscompile.verification.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
 from mscompile.verification.interchange import Engine, Law, Pair

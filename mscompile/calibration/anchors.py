@@ -19,7 +19,7 @@ from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.instrument import Measure
 from mscompile.calibration.prediction import unit_risks
 from mscompile.calibration.statistics import Array, Scale, Statistics
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, Site
 from mscompile.operators import IntArray
 from mscompile.planning.scores import OBJECTIVES, predictable

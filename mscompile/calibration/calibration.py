@@ -23,7 +23,7 @@ from mscompile.calibration.totals import total
 from mscompile.calibration.windows import window_name, window_of
 from mscompile.errors import ResourceError, UsageError
 from mscompile.files import weight_bytes
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, Site
 from mscompile.runs.limits import gigabytes
 from mscompile.runs.run import ALONE, Run

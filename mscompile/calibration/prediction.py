@@ -10,7 +10,7 @@ import onnx_ir as ir
 import scipy.stats
 
 from mscompile.calibration.statistics import Array, Statistics
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.scm import Site
 from mscompile.operators import IntArray
 from mscompile.pages.drawing import Series, scatter

@@ -21,7 +21,7 @@ from mscompile.calibration.seeds import SeedFeeds
 from mscompile.calibration.statistics import Array, Window
 from mscompile.calibration.tally import Start, before, ones_of
 from mscompile.calibration.windows import offset_of
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Tick
 from mscompile.runtime import Arrays, Session

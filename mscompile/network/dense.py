@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from mscompile.errors import MscompileError, UnsupportedError, UsageError
 from mscompile.intake import data as data_module
-from mscompile.intake.data import InputSpec, Samples, Source
 from mscompile.intake.loading import NOTES, external_files, load_model, read_model, read_proto
+from mscompile.intake.samples import InputSpec, Samples, Source
 from mscompile.network.inspection import inspect_scm
 from mscompile.network.scm import Scm, Site, read_scm, size_of
 from mscompile.operators.backward import FLOATS

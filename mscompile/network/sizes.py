@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.scm import infer_shapes, parameters
 from mscompile.operators import NodeView, declared
 from mscompile.operators.backward import FLOATS

@@ -10,7 +10,7 @@ import numpy as np
 from mscompile.calibration.instrument import Measure
 from mscompile.calibration.statistics import Statistics
 from mscompile.errors import DataError, GoalError
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.network.scm import Site
 from mscompile.options import Options

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.windows import FEATURES, view_of
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.network.scm import Reader
 from mscompile.planning.plan import Plan, SitePlan, WindowPlan

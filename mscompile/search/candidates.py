@@ -11,7 +11,7 @@ import numpy as np
 
 from mscompile.calibration.statistics import Statistics
 from mscompile.clock import Clock
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.options import Options
 from mscompile.planning.plan import Plan, SitePlan, make_plan

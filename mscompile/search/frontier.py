@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.costs import Costs, Counts
 from mscompile.network.latency import LatencyModel, LatencyTable
 from mscompile.network.sizes import time_of

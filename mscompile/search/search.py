@@ -14,7 +14,7 @@ from mscompile.calibration.prediction import imbalance, site_risks
 from mscompile.clock import Clock
 from mscompile.errors import DataError, GoalError, UnsupportedError
 from mscompile.intake import data as data_module
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel, generated_inputs
 from mscompile.network.sizes import measure_latency
 from mscompile.options import Options, what_candidates_depend_on

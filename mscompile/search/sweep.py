@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mscompile.calibration.windows import view_of, window_name
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.network.scm import Reader, Site
 from mscompile.planning.plan import SitePlan

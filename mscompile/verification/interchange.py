@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.operators import IntArray
 from mscompile.runtime import Arrays
 from mscompile.verification.checks import check_full_source, check_patches, cuts_all_paths

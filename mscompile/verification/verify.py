@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mscompile.errors import VerificationError
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.operators import IntArray
 from mscompile.planning.plan import Plan, SitePlan
 from mscompile.runtime import Progress, Session, no_progress

@@ -29,7 +29,7 @@ from golden import plan_for
 
 import mscompile
 from mscompile.errors import MscompileError
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import open_dense
 from mscompile.rewrite import rewrite
 from mscompile.verification.verify import FOLD_TOLERANCE, fold_error, make_pair

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mscompile.errors import MscompileError
-from mscompile.intake.data import InputSpec
+from mscompile.intake.samples import InputSpec
 from mscompile.network.dense import open_dense
 from mscompile.options import Options
 from mscompile.stages import calibrate_model

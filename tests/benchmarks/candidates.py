@@ -13,7 +13,8 @@ from pathlib import Path
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.instrument import Measure
 from mscompile.calibration.statistics import Statistics
-from mscompile.intake.data import Samples, Source, read
+from mscompile.intake.data import read
+from mscompile.intake.samples import Samples, Source
 from mscompile.network.dense import DenseModel
 from mscompile.network.sizes import count_parameters
 from mscompile.operators import IntArray

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from candidates import BATCH, samples_of, table
 
 import mscompile
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.models import mnist
 from mscompile.network.dense import open_dense
 from mscompile.runtime import Session

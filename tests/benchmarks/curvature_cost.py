@@ -22,7 +22,7 @@ import numpy as np
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.instrument import Measure
 from mscompile.calibration.prediction import unit_risks
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import open_dense
 from mscompile.planning.scores import score
 from mscompile.runtime import Session

@@ -34,7 +34,7 @@ from candidates import (
 )
 
 from mscompile.errors import MscompileError, VerificationError
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import open_dense
 from mscompile.network.sizes import count_parameters
 from mscompile.runtime import Session

@@ -28,7 +28,8 @@ from candidates import beside, table
 
 import mscompile
 from mscompile.files import load_model
-from mscompile.intake.data import Samples, read
+from mscompile.intake.data import read
+from mscompile.intake.samples import Samples
 from mscompile.network import sizes
 from mscompile.network.dense import open_dense
 

@@ -42,7 +42,7 @@ from onnxsim.finetune import apply_pruning_finetune
 from torch import nn
 
 from mscompile import Options, compile_model
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.models.architectures import ARCHITECTURES
 from mscompile.models.export import export
 from mscompile.network.dense import DenseModel, open_dense

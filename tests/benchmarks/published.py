@@ -35,7 +35,7 @@ from candidates import (
 )
 from trainings import CALIBRATION, CUT, pixels, train_plainly
 
-from mscompile.intake.data import Source
+from mscompile.intake.samples import Source
 from mscompile.network.dense import open_dense
 
 SOURCE = "A. Asiaee, Certified Interventional Fidelity, UAI 2026"

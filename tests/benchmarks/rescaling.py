@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from candidates import BATCH, beside, orders_of, samples_of, scores_of, statistics_of, table
 
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel, open_dense
 from mscompile.runtime import Session
 

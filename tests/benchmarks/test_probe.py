@@ -20,7 +20,7 @@ import pytest
 
 from mscompile.calibration.instrument import Instrument, Measure
 from mscompile.calibration.survey import survey
-from mscompile.intake.data import Samples
+from mscompile.intake.samples import Samples
 from mscompile.network.dense import open_dense
 from mscompile.runtime import Session
 

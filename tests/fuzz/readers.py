@@ -40,7 +40,8 @@ def read_model(content: bytes, folder: Path) -> object:
 
 
 def _read_data(name: str, content: bytes, folder: Path) -> object:
-    from mscompile.intake.data import InputSpec, read
+    from mscompile.intake.data import read
+    from mscompile.intake.samples import InputSpec
 
     (folder / name).write_bytes(content)
     return read(folder / name, [InputSpec("x", np.dtype(np.float32), ("N", 6))])
