@@ -348,7 +348,7 @@ class _Fitting:
         risk = None
         if self.predicted and self.scores.basis[site.tensor].startswith(MEASURABLE):
             error = fit.error_moment(moments, kept, replaced)
-            risk = 0.5 * float(np.sum(joint_curvature(site, self.statistics)[np.ix_(replaced, replaced)] * error))
+            risk = max(0.5 * float(np.sum(joint_curvature(site, self.statistics)[np.ix_(replaced, replaced)] * error)), 0.0)
         fields: dict[str, Any] = {
             "name": site.tensor,
             "tensor": site.tensor,

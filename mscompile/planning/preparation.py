@@ -92,35 +92,3 @@ def what_to_measure(source: DenseModel, options: Options) -> Measure:
         seed=options.seed,
         second=objective.curvature != "none",
     )
-
-
-def determined_sites(source: DenseModel, statistics: Statistics, options: Options) -> tuple[DenseModel, tuple[str, ...]]:
-    """Leave sites whole where there are too few observations for affine replacement, and say so.
-
-    Raises
-    ------
-    DataError
-        That is so at every site.
-    """
-    if options.replacement == CONSTANT:
-        return source, ()
-    groups: dict[int, list[Site]] = {}
-    warnings: list[str] = []
-    for group, sites in source.groups.items():
-        few = [(s, n) for s in sites if (n := statistics.moments[s.tensor].count) <= s.size]
-        if few:
-            site, count = few[0]
-            warnings.append(
-                f"site {site.tensor!r} is left whole: {count} observations (samples × positions) for {site.size} channels "
-                "leave an affine fit undetermined"
-            )
-        else:
-            groups[group] = sites
-    if not groups:
-        raise DataError(
-            "there are too few samples for affine replacement",
-            where=str(source.path or "model"),
-            why=warnings[0],
-            hint="give more data, or use --replacement constant",
-        )
-    return replace(source, groups=groups), tuple(warnings)

@@ -11,6 +11,7 @@ from typing import get_args
 from mscompile.calibration.anchors import Anchors, with_scales
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.prediction import imbalance, site_risks
+from mscompile.calibration.statistics import Statistics
 from mscompile.clock import Clock
 from mscompile.errors import DataError, GoalError, UnsupportedError
 from mscompile.intake import data as data_module
@@ -19,10 +20,11 @@ from mscompile.network.dense import DenseModel, generated_inputs
 from mscompile.network.sizes import measure_latency
 from mscompile.options import Options, what_candidates_depend_on
 from mscompile.planning.plan import Plan, resolve_keep
-from mscompile.planning.preparation import determined_sites, eliminate, finite_sites, split, what_to_measure
+from mscompile.planning.preparation import eliminate, finite_sites, split, what_to_measure
 from mscompile.planning.recalibration import Step
 from mscompile.planning.replacements import CONSTANT
 from mscompile.planning.scores import score
+from mscompile.planning.shrinkage import with_shrinkage
 from mscompile.planning.weights import exact_plan
 from mscompile.report import FidelityReport, LawReport
 from mscompile.rewrite import Compiled, rewrite
@@ -149,14 +151,36 @@ def compile_from_data(
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
         batch = next(parts["calibrate"].batches(options.batch_size))
         warnings += imbalance(source.model, source.weighted_outputs(options), batch)
-        source, undetermined = determined_sites(source, statistics, options)
-        warnings += undetermined
     with clock.time("plan"):
+        statistics, shares = with_shrinkage(
+            source,
+            statistics,
+            scores,
+            parts["choose"],
+            replacement=options.replacement,
+            swap=options.swap,
+            batch_size=options.batch_size,
+            run=run,
+            progress=progress,
+        )
         eliminations = eliminate(source, statistics, scores, options)
     stage = run.work.stage("search", data=samples.sha256, options=what_candidates_depend_on(options))
     search = Search(Workshop(source, statistics, scores, eliminations, parts, options, clock, progress, stage))
     result = search.run()
-    return replace(result, warnings=(*warnings, *result.warnings))
+    return replace(result, warnings=(*warnings, *_few(shares, statistics), *result.warnings))
+
+
+def _few(shares: Mapping[str, float], statistics: Statistics) -> tuple[str, ...]:
+    """What is to be said of sites with few observations."""
+    if not shares:
+        return ()
+    worst = min(shares, key=lambda tensor: statistics.moments[tensor].count / len(statistics.moments[tensor].mean))
+    moments = statistics.moments[worst]
+    return (
+        f"there is little data for {len(shares)} of {len(statistics.moments)} sites (site {worst!r}: {moments.count} "
+        f"observations of {len(moments.mean)} channels): their covariances were shrunk, by λ = {shares[worst]:g} there, as "
+        "did best on data held out; more data would fit better",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Shrinkage: covariances of few observations are brought nearer to their diagonal, by as much as does best on data held out.
+
+An affine fit from n observations of d channels follows their chance correlations unless n is many times d. With Σ shrunk,
+
+    Σ' = Σ / (1 + λ) off the diagonal,
+
+the fit is the one with a ridge of λ times each channel's own variance, and what it leaves unexplained is no longer taken
+for nothing: order, fits and predicted risks see the same covariance. λ is that of least risk on samples that took no part,
+
+    ½ tr(G_PP R),    R = Σ_PP − B C − Cᵀ Bᵀ + B A Bᵀ + b bᵀ,
+
+B fitted with λ; Σ, C = Cov(h, a_P), A = Cov(h) and the mean error b of the held-out samples, under interchange
+(`mscompile.planning.replacements.fit_affine`), when the half of the units with the smaller scores is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.instrument import Measure
+from mscompile.calibration.statistics import Moments, Statistics
+from mscompile.intake.samples import Samples
+from mscompile.network.dense import DenseModel
+from mscompile.network.scm import Site
+from mscompile.operators import IntArray
+from mscompile.planning.replacements import AFFINE_FITS, Fit, fit_affine, fit_by_row, interchanged
+from mscompile.planning.scores import Scores, joint_curvature
+from mscompile.planning.selection import dependent_units, eliminate_by_score
+from mscompile.runs.run import ALONE, Run
+from mscompile.runtime import Progress, no_progress
+
+Array = npt.NDArray[np.float64]
+
+SCARCE = 10
+"""Observations per channel from which nothing is gained: the best λ lowers the risk of least squares by 1 to 2 % there, that
+of fits for interchange not at all (`tests/benchmarks/few_samples.py`)."""
+FEWEST = 2
+"""Samples held out: what different samples have in common takes two."""
+SHARES = (0.0, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)
+"""Values of λ tried."""
+
+
+def with_shrinkage(
+    source: DenseModel,
+    statistics: Statistics,
+    scores: Scores,
+    held: Samples,
+    *,
+    replacement: str,
+    swap: float,
+    batch_size: int,
+    run: Run = ALONE,
+    progress: Progress = no_progress,
+) -> tuple[Statistics, Mapping[str, float]]:
+    """Shrink the covariances of sites with fewer than `SCARCE` observations per channel; also λ by site tensor.
+
+    Sites with units that depend on others are left as they are, and so are fits that take few parents.
+
+    Parameters
+    ----------
+    held
+        Samples that took no part in `statistics`. One forward pass over them, where there is such a site.
+    """
+    if AFFINE_FITS.get(replacement) is not fit_affine or len(held) < FEWEST:
+        return statistics, {}
+    scarce = [
+        site
+        for sites in source.groups.values()
+        for site in sites
+        if statistics.moments[site.tensor].count < SCARCE * site.size and not len(dependent_units(sites, statistics))
+    ]
+    if not scarce:
+        return statistics, {}
+    measure = Measure(covariance=True, shared=swap > 0)
+    seen = calibrate(source.scm, scarce, held, batch_size=batch_size, measure=measure, run=run, progress=progress).moments
+    moments, found = dict(statistics.moments), {}
+    for site in scarce:
+        order = eliminate_by_score(source.groups[site.group], scores).order
+        own, curvature = moments[site.tensor], joint_curvature(site, statistics)
+        risks = [
+            held_out_risk(site, shrunk(own, share), seen[site.tensor], order[len(order) // 2 :], curvature, swap)
+            for share in SHARES
+        ]
+        found[site.tensor] = SHARES[int(np.argmin(risks))]
+        moments[site.tensor] = shrunk(own, found[site.tensor])
+    return replace(statistics, moments=moments), found
+
+
+def shrunk(moments: Moments, share: float) -> Moments:
+    """Moments with covariances nearer to their diagonal; `share` is λ."""
+    return replace(moments, scatter=_shrunk(moments.scatter, share), shared=_shrunk(moments.shared, share))
+
+
+def _shrunk(scatter: Array | None, share: float) -> Array | None:
+    if scatter is None or not share:
+        return scatter
+    found = scatter / (1 + share)
+    found[np.diag_indices_from(found)] = np.diagonal(scatter)
+    return found
+
+
+def held_out_risk(site: Site, moments: Moments, seen: Moments, kept_units: IntArray, curvature: Array, swap: float) -> float:
+    """Risk of a site under interchange, fitted with `moments`, on samples whose moments are `seen`."""
+    stays = np.isin(site.units, kept_units)
+    kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
+    if not len(kept) or not len(replaced):
+        return 0.0
+    if site.rows is None:
+        fit = fit_affine(moments, kept, replaced, swap)
+    else:
+        fit = fit_by_row(fit_affine, moments, kept, replaced, swap, site.rows)
+    error = interchange_error(fit, seen, kept, replaced, swap)
+    return 0.5 * float(np.sum(curvature[np.ix_(replaced, replaced)] * error))
+
+
+def interchange_error(fit: Fit, moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Array:
+    """[replaced, replaced]: second moment of replacement minus activation where retained channels are interchanged."""
+    assert fit.matrix is not None
+    sigma, common = moments.covariance, moments.common
+    bracket = interchanged(sigma, common, swap)[np.ix_(kept, kept)]
+    cross = fit.matrix @ ((1 - swap) * sigma + swap * common)[np.ix_(kept, replaced)]
+    bias = fit.constants + fit.matrix @ moments.mean[kept] - moments.mean[replaced]
+    return sigma[np.ix_(replaced, replaced)] - cross - cross.T + fit.matrix @ bracket @ fit.matrix.T + np.outer(bias, bias)
