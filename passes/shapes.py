@@ -2,38 +2,43 @@
 
 Sizes are followed through Shape, Gather, Slice, Concat and integer arithmetic as numbers or names. Whatever comes out as
 numbers alone becomes an initializer, and a Reshape or Expand whose target is a mix of numbers and of sizes of its own input
-gets a stored target with 0, −1 or 1 in their place. No output bit changes; the shapes that the file declares are believed.
+gets a stored target with 0, −1 or 1 in their place. An Expand by sizes of another tensor, as of a class token by how many
+samples there are, gets a target that is computed at those places alone. No output bit changes; the shapes that the file
+declares are believed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from mscompile.network.scm import infer_shapes
-from mscompile.operators import Dim, Shape, is_parameter
-from mscompile.passes.readers import add_parameter
+from mscompile.operators import Dim, NodeView, Shape, is_parameter
+from mscompile.passes.readers import add_parameter, name_outputs
 
 LARGEST = 64
 """Entries up to which an integer tensor is followed: shapes, places and sizes are short."""
 STANDARD = ("", "ai.onnx")
+INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an integer tensor: its entries, and whether it is a scalar."""
+    """What is known of an integer or boolean tensor: its entries, whether it is a scalar, and its type."""
 
     entries: tuple[Dim, ...]
     scalar: bool = False
+    kind: ir.DataType = ir.DataType.INT64
 
     def array(self) -> np.ndarray | None:
         """The value, where every entry is a number."""
         if not all(isinstance(entry, int) for entry in self.entries):
             return None
-        array = np.array(self.entries, dtype=np.int64)
+        array = np.array(self.entries, dtype=self.kind.numpy())
         return array.reshape(()) if self.scalar else array
 
 
@@ -63,8 +68,7 @@ def _fold(graph: ir.Graph, shapes: Mapping[str, Shape]) -> bool:
         array, output = found.array(), node.outputs[0]
         known[output] = found
         if array is not None and output.uses():
-            kind = output.dtype or ir.DataType.INT64
-            stored = add_parameter(graph, f"{output.name}.value", array.astype(kind.numpy()))
+            stored = add_parameter(graph, f"{output.name}.value", array)
             for use, operand in list(output.uses()):
                 use.replace_input_with(operand, stored)
             known[stored] = found
@@ -79,9 +83,9 @@ def _known(value: ir.Value | None, known: Mapping[ir.Value, Known]) -> Known | N
         return None
     tensor = value.const_value
     assert tensor is not None
-    if tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or tensor.size > LARGEST or len(tensor.shape) > 1:
+    if tensor.dtype not in (*INTEGERS, ir.DataType.BOOL) or tensor.size > LARGEST or len(tensor.shape) > 1:
         return None
-    return Known(tuple(int(n) for n in tensor.numpy().ravel()), scalar=len(tensor.shape) == 0)
+    return Known(tuple(int(n) for n in tensor.numpy().ravel()), len(tensor.shape) == 0, tensor.dtype)
 
 
 def _spell_out(graph: ir.Graph, node: ir.Node, known: Mapping[ir.Value, Known], shapes: Mapping[str, Shape]) -> bool:
@@ -89,17 +93,60 @@ def _spell_out(graph: ir.Graph, node: ir.Node, known: Mapping[ir.Value, Known], 
     if node.op_type not in ("Reshape", "Expand") or node.domain not in STANDARD or len(node.inputs) < 2:
         return False
     source, target = node.inputs
-    found = None if target is None else known.get(target)
+    found = None if target is None else _known(target, known)
     shape = None if source is None else shapes.get(source.name or "")
-    if found is None or shape is None or found.scalar:
+    if target is None or found is None or shape is None or found.scalar:
         return False
-    if node.op_type == "Reshape":
-        entries = _reshape_target(found.entries, shape, zero=not _attribute(node, "allowzero", 0))
+    entries: list[int] | None
+    if is_parameter(target):
+        entries = _own_size(node, found.entries, shape, shapes.get(node.outputs[0].name or ""))
+    elif node.op_type == "Reshape":
+        entries = _reshape_target(found.entries, shape, zero=_zero_copies(node))
     else:
-        entries = _expand_target(found.entries, shape)
+        partly = _expand_target(found.entries, shape)
+        entries = [entry for entry in partly if entry is not None]
+        if len(entries) < len(partly):
+            there = NodeView(node, shapes, graph.opset_imports.get("", 1)).entries(1)
+            return there != tuple(partly) and _spell_out_rest(graph, node, target, partly)
     if entries is None:
         return False
     node.replace_input_with(1, add_parameter(graph, f"{node.outputs[0].name}.shape", np.array(entries, dtype=np.int64)))
+    return True
+
+
+def _zero_copies(node: ir.Node) -> bool:
+    """Whether 0 in the target of a Reshape stands for the size of the input at the same place."""
+    return not _attribute(node, "allowzero", 0)
+
+
+def _own_size(node: ir.Node, entries: tuple[Dim, ...], source: Shape, target: Shape | None) -> list[int] | None:
+    """0 for the −1 of a stored target that is the size of the input at its place, where shape inference does not see it."""
+    if node.op_type != "Reshape" or not _zero_copies(node) or entries.count(-1) != 1 or 0 in entries:
+        return None
+    place = entries.index(-1)
+    if place >= len(source) or isinstance(source[place], int) or source[place] is None or target is None:
+        return None
+    others = [dim for axis, dim in enumerate(source) if axis != place]
+    if target[place] == source[place] or not all(isinstance(dim, int) for dim in others):
+        return None
+    if np.prod(others, dtype=np.int64) != -np.prod(entries, dtype=np.int64):  # type: ignore[arg-type]
+        return None
+    return [0 if entry == -1 else int(entry) for entry in entries]  # type: ignore[arg-type]
+
+
+def _spell_out_rest(graph: ir.Graph, node: ir.Node, target: ir.Value, partly: Sequence[int | None]) -> bool:
+    """Compute the target of an Expand at the places alone that are not known."""
+    if all(entry is None for entry in partly):
+        return False
+    parts: list[ir.Value] = []
+    tape, name = ir.tape.Tape(), node.outputs[0].name
+    for unknown, group in itertools.groupby(enumerate(partly), key=lambda pair: pair[1] is None):
+        places, entries = zip(*group, strict=True)
+        stored = add_parameter(graph, f"{name}.{'places' if unknown else 'sizes'}", np.array(places if unknown else entries))
+        parts.append(tape.op("Gather", [target, stored]) if unknown else stored)
+    node.replace_input_with(1, tape.op("Concat", parts, {"axis": 0}))
+    name_outputs(graph, tape.nodes, f"{name}.shape")
+    graph.insert_before(node, tape.nodes)
     return True
 
 
@@ -114,18 +161,14 @@ def _reshape_target(entries: tuple[Dim, ...], shape: Shape, *, zero: bool) -> li
     return [-1 if entry is None else entry for entry in target]
 
 
-def _expand_target(entries: tuple[Dim, ...], shape: Shape) -> list[int] | None:
-    """1 for a size of the input at the same place."""
+def _expand_target(entries: tuple[Dim, ...], shape: Shape) -> list[int | None]:
+    """1 for a size of the input at the same place, None for what is not known."""
     shift = len(entries) - len(shape)
-    target = [
-        entry
-        if isinstance(entry, int)
-        else 1
-        if place >= shift and entry is not None and entry == shape[place - shift]
-        else None
-        for place, entry in enumerate(entries)
+    own = [shape[place - shift] if place >= shift else None for place in range(len(entries))]
+    return [
+        1 if entry is not None and entry == size else entry if isinstance(entry, int) else None
+        for entry, size in zip(entries, own, strict=True)
     ]
-    return None if None in target else [entry for entry in target if entry is not None]
 
 
 # -- rules: (node, what is known of its inputs, shapes) -> what is known of its output --
@@ -168,7 +211,7 @@ def _gather(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape
         return None
     if not all(isinstance(i, int) and -len(data.entries) <= i < len(data.entries) for i in index.entries):
         return None
-    return Known(tuple(data.entries[i] for i in index.entries if isinstance(i, int)), index.scalar)
+    return Known(tuple(data.entries[i] for i in index.entries if isinstance(i, int)), index.scalar, data.kind)
 
 
 def _slice(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
@@ -186,12 +229,15 @@ def _slice(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]
         numbers = [None if part is None else part.entries[0] for part in parts]  # type: ignore[misc]
     if any(isinstance(n, str) for n in numbers):
         return None
-    return Known(data.entries[slice(*numbers)])
+    return replace(data, entries=data.entries[slice(*numbers)])
 
 
 def _concat(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
     """Parts of known length with entries that are not known are told apart by where they come from."""
     entries: list[Dim] = []
+    kinds = {known.kind for known in given if known is not None}
+    if len(kinds) > 1:
+        return None
     for value, known in zip(node.inputs, given, strict=True):
         shape = None if value is None else shapes.get(value.name or "")
         if known is not None:
@@ -200,7 +246,7 @@ def _concat(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape
             entries += [f"{value.name}[{i}]" for i in range(min(shape[0], LARGEST + 1))]
         else:
             return None
-    return Known(tuple(entries))
+    return Known(tuple(entries), kind=kinds.pop() if kinds else ir.DataType.INT64)
 
 
 def _same(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
@@ -210,25 +256,25 @@ def _same(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape])
 
 def _to_vector(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
     del node, shapes
-    return None if given[0] is None or not given[0].scalar else Known(given[0].entries)
+    return None if given[0] is None or not given[0].scalar else replace(given[0], scalar=False)
 
 
 def _to_scalar(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
     del node, shapes
-    return None if given[0] is None or len(given[0].entries) != 1 else Known(given[0].entries, scalar=True)
+    return None if given[0] is None or len(given[0].entries) != 1 else replace(given[0], scalar=True)
 
 
 def _reshape(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
     shape = shapes.get(node.outputs[0].name or "")
     if given[0] is None or shape is None or len(shape) > 1:
         return None
-    return Known(given[0].entries, scalar=not shape)
+    return replace(given[0], scalar=not shape)
 
 
 def _cast(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
     del shapes
-    integers = (int(ir.DataType.INT64), int(ir.DataType.INT32))
-    return given[0] if _attribute(node, "to", 0) in integers else None
+    kind = ir.DataType(_attribute(node, "to", 0) or 0)
+    return replace(given[0], kind=kind) if given[0] and kind in INTEGERS else None
 
 
 def _arithmetic(compute: Callable[[int, int], int | None]) -> Rule:
@@ -256,7 +302,7 @@ def _arithmetic(compute: Callable[[int, int], int | None]) -> Rule:
                 entries.append(b)
             else:
                 entries.append(None)
-        return Known(tuple(entries), left.scalar and right.scalar)
+        return Known(tuple(entries), left.scalar and right.scalar, left.kind)
 
     return rule
 
@@ -267,8 +313,10 @@ def _filled(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape
     length = None if shape is None or shape.scalar or len(shape.entries) != 1 else shape.entries[0]
     if not isinstance(length, int) or length > LARGEST or value is None:
         return None
-    filling = value.as_tensor().numpy()
-    return Known((int(filling.ravel()[0]),) * length) if filling.dtype.kind in "iu" else None
+    filling = value.as_tensor()
+    if filling.dtype not in INTEGERS:
+        return None
+    return Known((int(filling.numpy().ravel()[0]),) * length, kind=filling.dtype)
 
 
 def _equal(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
@@ -286,7 +334,7 @@ def _equal(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]
         else:
             negative = any(isinstance(n, int) and n < 0 for n in (a, b)) and any(isinstance(n, str) for n in (a, b))
             entries.append(0 if negative else None)
-    return Known(tuple(entries), left.scalar)
+    return Known(tuple(entries), left.scalar, ir.DataType.BOOL)
 
 
 def _where(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]) -> Known | None:
@@ -298,7 +346,7 @@ def _where(node: ir.Node, given: list[Known | None], shapes: Mapping[str, Shape]
         (a if c else b) if isinstance(c, int) else None
         for c, a, b in zip(condition.entries, yes.entries, no.entries, strict=True)
     ]
-    return Known(tuple(entries), yes.scalar)
+    return replace(yes, entries=tuple(entries))
 
 
 RULES: Mapping[str, Rule] = {

@@ -1181,6 +1181,20 @@ GRAPHS = {
         }""",
         ["a: h[2] 8 > y"],
     ),
+    "a token in front of each sample": (
+        """(float[N,5,4] x) => (float[N,6,3] y)
+        <float[4,8] w1, float[1,1,8] cls, float[6,8] places, float[8,3] w2, int64[1] first = {0}, int64[2] sizes = {1, 8}> {
+            shape = Shape(x)
+            samples = Gather(shape, first)
+            target = Concat<axis=0>(samples, sizes)
+            c = Expand(cls, target)
+            a = MatMul(x, w1)
+            b = Concat<axis=1>(c, a)
+            h = Add(b, places)
+            y = MatMul(h, w2)
+        }""",
+        ["a: h[2] 8 > y"],
+    ),
     "a token in front of the queries": (
         """(float[2,5,4] x) => (float[2,6,3] y)
         <float[4,8] wq, float[8] bq, float[4,8] wk, float[4,8] wv, int64[4] heads = {0, 0, 2, 4},

@@ -125,7 +125,7 @@ WRITTEN_ANYHOW = {
             scaled = Mul(x, whole)
             z = Div(scaled, root)
         }""",
-        ["Shape", "Reshape", "Expand", "Mul", "Div"],
+        ["Shape", "Reshape", "Gather", "Concat", "Expand", "Mul", "Div"],
     ),
     "a size added up": (
         """(float[N,6,4] x) => (float[M,6,2,2] y) {
@@ -147,6 +147,49 @@ WRITTEN_ANYHOW = {
             y = Reshape(x, target)
         }""",
         ["Reshape"],
+    ),
+    "a token for each sample": (
+        """(float[N,6,4] x) => (float[N,7,4] y) <float[1,1,4] token> {
+            s = Shape(x)
+            zero = Constant<value_int = 0>()
+            n = Gather(s, zero)
+            axis = Constant<value_ints = [0]>()
+            head = Unsqueeze(n, axis)
+            same = Constant<value_ints = [-1]>()
+            asked = Concat<axis = 0>(head, same, same)
+            three = Constant<value_ints = [3]>()
+            ones = ConstantOfShape<value = int64[1] {1}>(three)
+            minus = Constant<value_int = -1>()
+            none = Mul(ones, minus)
+            absent = Equal(asked, none)
+            target = Where(absent, ones, asked)
+            tokens = Expand(token, target)
+            y = Concat<axis = 1>(tokens, x)
+        }""",
+        ["Shape", "Gather", "Unsqueeze", "Concat", "Where", "Gather", "Concat", "Expand", "Concat"],
+    ),
+    "a token for each sample, as wide as another tensor": (
+        """(float[N,6,4] x) => (float[N,6,4] y) <float[1,1,4] token> {
+            s = Shape(x)
+            tokens = Expand(token, s)
+            y = Concat<axis = 1>(tokens)
+        }""",
+        ["Shape", "Gather", "Concat", "Expand", "Concat"],
+    ),
+    "heads repeated, then merged": (
+        """(float[N,2,1,3,4] x) => (float[N,3,4,4] y) {
+            s = Shape(x)
+            axis = Constant<value_ints = [0]>()
+            head = Gather(s, axis)
+            rest = Constant<value_ints = [2,2,3,4]>()
+            wide = Concat<axis = 0>(head, rest)
+            e = Expand(x, wide)
+            merged = Constant<value_ints = [4,3,4]>()
+            together = Concat<axis = 0>(head, merged)
+            r = Reshape(e, together)
+            y = Transpose<perm = [0,2,1,3]>(r)
+        }""",
+        ["Expand", "Reshape", "Transpose"],
     ),
     "equal parts": (
         """(float[N,6,4] x) => (float[N,3,4] y, float[N,3,4] z) {

@@ -201,6 +201,22 @@ class NodeView:
         value = self.value(operand)
         return None if value is None or not is_parameter(value) else value.const_value.numpy()  # type: ignore[union-attr]
 
+    def entries(self, operand: int) -> tuple[int | None, ...] | None:
+        """Entries of a vector of integers, None for those that are computed: of a parameter, or a Concat with parameters."""
+        given, value = self.constant(operand), self.value(operand)
+        node = None if value is None else value.producer()
+        if given is not None:
+            return tuple(int(entry) for entry in given.ravel().tolist())
+        if node is None or node.op_type != "Concat" or node.domain not in ("", "ai.onnx"):
+            return None
+        view, found = NodeView(node, self.shapes, self.opset), list[int | None]()
+        for place in range(len(node.inputs)):
+            stored, size = view.constant(place), (view.shape(place) or (None,))[0]
+            if stored is None and not isinstance(size, int):
+                return None
+            found += [None] * int(size or 0) if stored is None else [int(entry) for entry in stored.ravel().tolist()]
+        return tuple(found)
+
     def attribute(self, name: str, default: T) -> T:
         """Value of an attribute, `default` where it is not set."""
         attribute = self.node.attributes.get(name)

@@ -65,19 +65,23 @@ def reshape(node: NodeView) -> Signature | str:
 
 
 def expand(node: NodeView) -> Signature | str:
-    """Repeats axes of size 1; the others pass."""
-    source, target, given = node.shape(0), node.shape(OUT), node.constant(1)
+    """Repeats axes of size 1; the others pass, but where a computed size would have to follow their width."""
+    source, target = node.shape(0), node.shape(OUT)
     if source is None or target is None:
         return "its shapes are not known"
-    links, sizes = [], []
+    entries, links, sizes = node.entries(1), [], []
     for axis, dim in enumerate(source, start=len(target) - len(source)):
-        if dim is not None and dim == target[axis] and (dim != 1 or given is not None):
-            links.append(((0, axis - len(target) + len(source)), (OUT, axis)))
-            entry = None if given is None else axis - len(target) + given.size
-            if entry is not None and entry >= 0 and given.ravel()[entry] != 1:  # type: ignore[union-attr]
-                sizes.append(Size(1, entry, (OUT, axis)))
-            elif given is None and isinstance(dim, int):
-                return "computes the shape it expands to"
+        place = axis - len(target) + (0 if entries is None else len(entries))
+        entry = None if entries is None else entries[place] if place >= 0 else 1
+        if dim is None or dim != target[axis] or (dim == 1 and (entry is None or 0 not in node.live)):
+            continue
+        if entry is None and isinstance(dim, int):
+            return "computes the shape it expands to"
+        links.append(((0, axis - len(target) + len(source)), (OUT, axis)))
+        if entry not in (None, 1):
+            sizes.append(Size(1, place, (OUT, axis)))
+    if sizes and node.constant(1) is None:
+        return "computes a part of the shape it expands to"
     return Signature(tuple(links), sizes=tuple(sizes), copies=True, mixes="repeats this axis")
 
 
