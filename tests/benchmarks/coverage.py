@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -99,9 +99,6 @@ MADE: Mapping[str, Maker] = {
     "svm_regressor": noise("input", 2000, 6),
 }
 
-CONSTANT = frozenset({"efficientnet_lite0", "efficientnet_lite0_folded", "standard_v3_3", "sig", "sig_bak_ovr", "model_v8"})
-"""Compiled with constants: affine maps want more samples than a site has channels, which takes long on inputs this large."""
-
 
 def files(folders: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
     """The networks of the table, in its order, that the folders hold."""
@@ -147,13 +144,11 @@ def measure(name: str, path: Path, keep: float) -> Row:
     made = None if data.exists() else MADE[name](np.random.default_rng(0))
     inputs = dict(np.load(data)) if made is None else made
     options = mscompile.Options(keep=keep, batch_size=dense.batch or (8 if name in MADE else 64), probes=1)
-    if name in CONSTANT:
-        options = replace(options, replacement="constant")
     began = time.perf_counter()
     try:
         result = mscompile.compile_model(path, inputs, None, options)
     except MscompileError as error:
-        return Row(name, (str(error), *[""] * 8))
+        return Row(name, (str(error), *[""] * 7))
     seconds = time.perf_counter() - began
     before, after = result.report.sizes.dense, result.report.sizes.compiled
     open_sites = sum(reason is None for reason in inspection.left_alone.values())
@@ -167,7 +162,6 @@ def measure(name: str, path: Path, keep: float) -> Row:
             f"{after.params / before.params:.3f}",
             "" if not before.macs or after.macs is None else f"{after.macs / before.macs:.3f}",
             f"{after.bytes / before.bytes:.3f}",
-            options.replacement,
             f"{result.report.fold_error:.1e}",
             f"{seconds:.0f}",
         ),
@@ -188,7 +182,6 @@ def main(folders: tuple[Path, ...], keep: float, only: tuple[str, ...]) -> None:
         "parameters kept",
         "MACs kept",
         "bytes kept",
-        "replaced by",
         "fold error",
         "s",
     ]
