@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.network.units import Axes, Block, UnionFind
+from mscompile.network.units import Axes, Block, Classes
 from mscompile.operators import IntArray, Move, NodeView, Port, Regroup, Shape, Signature, signature
 from mscompile.operators.backward import FLOATS
 
@@ -118,7 +118,7 @@ class Walk:
 
     shapes: Mapping[str, Shape]
     opset: int
-    sets: UnionFind = field(default_factory=UnionFind)
+    sets: Classes = field(default_factory=Classes)
     labels: dict[ir.Value, dict[Axes, IntArray]] = field(default_factory=dict)
     heads: dict[ir.Value, dict[Axes, IntArray]] = field(default_factory=dict)
     frozen: dict[int, Refusal] = field(default_factory=dict)

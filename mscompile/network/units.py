@@ -1,4 +1,4 @@
-"""Units: classes of channel indices that live and die together, kept by union-find."""
+"""Units: classes of channel indices that live and die together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse
 
 from mscompile.operators import IntArray
 
@@ -21,29 +22,21 @@ Labels = Mapping[Axes, IntArray]
 
 
 @dataclass
-class UnionFind:
-    """Integers in classes; the least of a class stands for it."""
+class Classes:
+    """Integers in classes; the least of a class stands for it. Which are one is found at the end, in linear time."""
 
-    parent: list[int] = field(default_factory=list)
+    count: int = 0
+    pairs: list[IntArray] = field(default_factory=list)
 
     def fresh(self, count: int) -> IntArray:
         """New integers, each in a class of its own."""
-        first = len(self.parent)
-        self.parent.extend(range(first, first + count))
-        return np.arange(first, first + count, dtype=np.int64)
-
-    def find(self, item: int) -> int:
-        """The integer that stands for a class."""
-        while self.parent[item] != item:
-            self.parent[item] = self.parent[self.parent[item]]
-            item = self.parent[item]
-        return item
+        first = self.count
+        self.count += count
+        return np.arange(first, self.count, dtype=np.int64)
 
     def unite(self, a: IntArray, b: IntArray) -> None:
         """Merge the classes of a and b, entry by entry."""
-        for i, j in {*zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)}:
-            low, high = sorted((self.find(i), self.find(j)))
-            self.parent[high] = low
+        self.pairs.append(np.stack([a.ravel(), b.ravel()]))
 
     def unite_along(self, units: IntArray, axis: int) -> IntArray:
         """Merge all units along one axis of an array; gives the array without it."""
@@ -58,7 +51,11 @@ class UnionFind:
 
     def roots(self) -> IntArray:
         """The integer that stands for each one's class."""
-        return np.array([self.find(item) for item in range(len(self.parent))], dtype=np.int64)
+        ends = np.concatenate([np.empty((2, 0), dtype=np.int64), *self.pairs], axis=1)
+        links = scipy.sparse.coo_array((np.ones(ends.shape[1], dtype=np.bool_), ends), shape=(self.count, self.count))
+        number = scipy.sparse.csgraph.connected_components(links, directed=False)[1]
+        found: IntArray = np.unique(number, return_index=True)[1][number]
+        return found
 
 
 def width(labels: Labels, axis: int, dead: IntArray) -> int | None:
@@ -149,7 +146,7 @@ def _left(row: Mapping[int, int], chosen: Set[int]) -> int:
 
 def components(arrays: Iterable[IntArray], count: int) -> IntArray:
     """Connected components of units that share an array, numbered by their first unit."""
-    sets = UnionFind(list(range(count)))
+    sets = Classes(count)
     for units in arrays:
         flat = units.ravel()
         sets.unite(np.full_like(flat, flat[0]), flat)

@@ -94,14 +94,17 @@ def recalibrate(
     inputs = {_input(reader) for entry in plan.sites for reader in source.scm.site(entry.tensor).readers}
     dense = Session(probe(skeleton_of(source.model), sorted(inputs)))
 
-    def risk(sites: Sequence[SitePlan]) -> float:
-        compiled = rewrite(source.model, plan.model_copy(update={"sites": tuple(sites)})).model
+    def carried_out(*sites: SitePlan) -> ir.Model:
+        return rewrite(source.model, plan.model_copy(update={"sites": sites})).model
+
+    def risk(compiled: ir.Model) -> float:
         found = Session(compiled).run_all(held.batches(batch_size), names)
         return measured_risk(basis, wanted, found, weights) / len(held)
 
     done: list[SitePlan] = []
     steps: list[Step] = []
     before = 0.0
+    partial: ir.Model | None = None  # with the sites done so far
     for entry in progress(plan.sites, "re-calibrate", len(plan.sites)):
         name = f"refit-{digest(known.sha256 for known in (*done, entry))}"
         kept = stage.parcel(name)
@@ -110,19 +113,21 @@ def recalibrate(
             step, windows = _unpacked(kept)
             steps.append(step)
             done.append(entry.model_copy(update={"windows": windows}))
-            before = step.measured
+            before, partial = step.measured, None
             continue
-        partial = rewrite(source.model, plan.model_copy(update={"sites": tuple(done)})).model
+        partial = carried_out(*done) if partial is None else partial
         targets = _targets(source, entry, statistics.moments[entry.tensor].mean)
         fitted = tuple(_refits(targets, dense, partial, samples, plan, batch_size, seed))
         given = {window.reader: window for window in (*entry.windows, *fitted)}
         chosen = entry.model_copy(update={"windows": tuple(given.values())})
-        measured, rolled_back = risk([*done, chosen]), False
+        partial = carried_out(*done, chosen)
+        measured, rolled_back = risk(partial), False
         own = entry.predicted_risk if entry.basis == basis else None
         if fitted and (own is None or measured > before + ROLLBACK * own):
-            plain = risk([*done, entry])
+            unchanged = carried_out(*done, entry)
+            plain = risk(unchanged)
             if plain < measured:
-                chosen, measured, fitted, rolled_back = entry, plain, (), True
+                chosen, partial, measured, fitted, rolled_back = entry, unchanged, plain, (), True
         predicted = None if own is None else before + own
         steps.append(Step(entry.tensor, tuple(w.reader for w in fitted), predicted, measured, rolled_back))
         done.append(chosen)

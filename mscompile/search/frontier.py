@@ -149,11 +149,11 @@ class Frontier:
         """
         if self._tried is None:
             steps = list(descend(self.curves(), self.cost("size")))
+            chosen = [steps[i] for i in ladder([size for _, size in steps])]
             with self.workshop.clock.time("search"):
-                found = [
-                    self._try(*steps[i]) for i in ladder([size for _, size in steps]) if self.workshop.plans(steps[i][0])
-                ]
-            self._tried = tuple(found)
+                found = [(*step, self.measure(step[0], "choose")) for step in chosen if self.workshop.plans(step[0])]
+            with self.workshop.clock.time("measure"):
+                self._tried = tuple(self._described(*entry) for entry in found)
         return self._tried
 
     def keep_table(self) -> tuple[str, ...]:
@@ -161,14 +161,14 @@ class Frontier:
         reason = self.table.save()
         return () if reason is None else (reason,)
 
-    def _try(self, counts: Mapping[int, int], size: float) -> Tried:
+    def _described(self, counts: Mapping[int, int], size: float, point: Point) -> Tried:
         return Tried(
             dict(counts),
             size,
             self.cost("params")(counts, None),
             self.cost("macs")(counts, None),
             self.latency.share(counts),
-            self.measure(counts, "choose"),
+            point,
         )
 
     def measure(self, counts: Counts, part: str) -> Point:

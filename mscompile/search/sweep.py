@@ -110,7 +110,7 @@ class Sweep:
     def measure(self, plans: Sequence[SitePlan], samples: Samples, *, law: Law, swap: float, seed: int) -> Point:
         """Interchange under a law over disjoint pairs of samples, as `Interchange` does, and agreement on their bases."""
         kept = {plan.tensor: plan.kept for plan in plans}
-        still, swapped = (self._session(graph, plans) for graph in (self._plain, self._patched))
+        candidate = self._session(self._patched, plans)
         places = {patch.tensor: i for i, patch in enumerate(p for p in self.patches if p.tensor in kept)}
         trials, lost, differ = 0, 0.0, 0.0
         for batch in self._open(samples, seed):
@@ -125,8 +125,8 @@ class Sweep:
                 settings[tensor] = mask, batch.values[tensor]
             feeds = self.dense.feeds(batch.inputs, settings)
             dense = self.dense.run(batch.inputs, settings, [self.output])[self.output]
-            tuned = swapped.run(feeds, [self.output])[self.output]
-            plain = still.run(batch.inputs, [self.output])[self.output]
+            tuned = candidate.run(feeds, [self.output])[self.output]
+            plain = candidate.run(self.dense.feeds(batch.inputs, {}), [self.output])[self.output]
             trials += len(batch.places)
             lost += float(self.metric.loss(dense, tuned).sum())
             differ += float(self.metric.loss(batch.plain, plain).sum())
