@@ -161,6 +161,7 @@ def compile_command(
     from mscompile.files import output_conflict, staged
     from mscompile.options import Options
     from mscompile.pipeline import compile_model
+    from mscompile.runs.locks import claimed
 
     goals = {"keep": keep or None, "fidelity": fidelity, **{name: chosen[name] for name in ("params", "macs", "latency")}}
     given = [f"--{name}" for name, goal in goals.items() if goal is not None]
@@ -172,27 +173,28 @@ def compile_command(
         chosen["fidelity"] = fidelity
     how = {name: chosen.pop(name) for name in HOW}
     options = Options(keep=parse_keep(keep), output=parse_outputs(outputs), **chosen)
-    if html is not None:
-        output_conflict([html], force=force, inputs=[model])
     silent = quiet or as_json
-    with running(cache=options.cache, **how) as run, bars(silent=silent) as progress:
-        result = compile_model(
-            model,
-            calib,
-            output if output is not None else model.parent / f"{model.stem}.ms.onnx",
-            options,
-            force=force,
-            dry_run=dry_run,
-            command=command,
-            run=run,
-            progress=progress,
-            on_warning=lambda text: None if silent else say(f"warning: {plain(text, 1000)}", fg="yellow"),
-        )
-    if html is not None and not dry_run:
-        from mscompile.pages import compile_html
+    with claimed(None if dry_run else html):
+        if html is not None:
+            output_conflict([html], force=force, inputs=[model])
+        with running(cache=options.cache, **how) as run, bars(silent=silent) as progress:
+            result = compile_model(
+                model,
+                calib,
+                output if output is not None else model.parent / f"{model.stem}.ms.onnx",
+                options,
+                force=force,
+                dry_run=dry_run,
+                command=command,
+                run=run,
+                progress=progress,
+                on_warning=lambda text: None if silent else say(f"warning: {plain(text, 1000)}", fg="yellow"),
+            )
+        if html is not None and not dry_run:
+            from mscompile.pages import compile_html
 
-        with staged(html) as draft:
-            draft.write_text(compile_html(result.report), encoding="utf-8")
+            with staged(html) as draft:
+                draft.write_text(compile_html(result.report), encoding="utf-8")
     if as_json:
         answer(ascii_json(result.report.model_dump_json()))
         return

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -43,9 +44,15 @@ def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path
     Raises
     ------
     UsageError
-        A file exists and `force` is off, is an input or no regular file, or its folder is missing.
+        A file exists and `force` is off, is an input or no regular file, or its folder is missing; or two are the same.
     """
     read = {os.path.realpath(path) for path in inputs}
+    paths = list(paths)
+    for name, times in Counter(map(os.path.realpath, paths)).items():
+        if times > 1:
+            raise UsageError(
+                "two outputs are one file", where=name, why="one would overwrite the other", hint="give each its own name"
+            )
     for path in paths:
         try:
             path.parent.stat()
@@ -104,12 +111,39 @@ def staged(target: Path) -> Iterator[Path]:
                 written.replace(target.parent / written.name)
                 _flush(target.parent)
     except OSError as error:
-        raise ResourceError(
-            "the output cannot be written",
-            where=str(target),
-            why=error.strerror or str(error),
-            hint="check free space and permissions, or name another output with -o",
-        ) from error
+        raise _unwritable(target, error) from error
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Write a folder of files as a whole or not at all.
+
+    Yields a folder to fill; on success its files are flushed to disk and it takes the target's place, with what was there.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:40]}.") as folder:
+            draft = Path(folder) / target.name
+            draft.mkdir()
+            yield draft
+            for written in draft.iterdir():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+            _flush(draft)
+            if target.exists():
+                target.rename(Path(folder) / f"{target.name}.old")
+            draft.rename(target)
+            _flush(target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        "the output cannot be written",
+        where=str(target),
+        why=error.strerror or str(error),
+        hint="check free space and permissions, or name another output with -o",
+    )
 
 
 def _flush(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mscompile.clock import Clock
-from mscompile.errors import GoalError, UsageError
+from mscompile.errors import GoalError
 from mscompile.files import file_bytes, is_large, output_conflict, save_model, staged
 from mscompile.intake.loading import NOTES, check_unchanged
 from mscompile.intake.samples import Source
@@ -92,10 +91,7 @@ def compile_model(
     target = None if output is None or dry_run else Path(output)
     if isinstance(model, str | Path):
         check_regular(Path(model))
-    if target is not None and not target.name:
-        hint = "name a file with -o"
-        raise UsageError("the output cannot be written", where=str(target), why="it names no file", hint=hint)
-    with contextlib.nullcontext() if target is None else claimed(target):
+    with claimed(target):
         if target is not None:
             read = [Path(entry) for entry in (model, data) if isinstance(entry, str | Path)]
             output_conflict([target, *_beside(target)], force=force, inputs=read)

@@ -202,17 +202,22 @@ def calibrate_command(
     from mscompile.calibration.prediction import plot_checks
     from mscompile.files import output_conflict, staged
     from mscompile.options import Options
+    from mscompile.runs.locks import claimed
     from mscompile.stages import calibrate_model
 
     pages = {path: text for path, text in ((svg, plot_checks), (html, check_page)) if path is not None}
     if pages and not check:
         raise UsageError("there is nothing to plot", where="--svg, --html", why="no unit is checked", hint="add --check 50")
-    output_conflict(list(pages), force=force)
     target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
     how = {name: chosen.pop(name) for name in HOW}
     options = Options(output=parse_outputs(outputs), **chosen)
-    with running(cache=options.cache, **how) as run, bars(silent=False) as progress:
-        found = calibrate_model(model, calib, target, options, check=check, force=force, run=run, progress=progress)
+    with claimed(*pages):
+        output_conflict([*pages, target], force=force, inputs=[model])
+        with running(cache=options.cache, **how) as run, bars(silent=False) as progress:
+            found = calibrate_model(model, calib, target, options, check=check, force=force, run=run, progress=progress)
+        for path, text in pages.items():
+            with staged(path) as draft:
+                draft.write_text(text(found.checks), encoding="utf-8")
     for note in found.notes:
         say(f"warning: {plain(note, 1000)}", fg="yellow")
     rows = [(plain(site.tensor), str(site.size), plain(found.scores.basis[site.tensor], 400)) for site in found.dense.sites]
@@ -220,9 +225,6 @@ def calibrate_command(
     if found.checks:
         lines = table(CHECKED, [tuple(map(plain, row)) for row in check_rows(found.checks)], width_of(sys.stderr))
         say("\n".join(lines))
-    for path, text in pages.items():
-        with staged(path) as draft:
-            draft.write_text(text(found.checks), encoding="utf-8")
     answer(f"{target}: {len(found.statistics.moments)} sites, {found.statistics.samples} samples")
 
 

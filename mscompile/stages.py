@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mscompile.intake.samples import Source
 from mscompile.network.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
 from mscompile.network.scm import Site
 from mscompile.options import Options
-from mscompile.planning.plan import Plan, SitePlan, make_plan, resolve_keep
+from mscompile.planning.plan import Keep, Plan, SitePlan, make_plan, resolve_keep
 from mscompile.planning.preparation import eliminate, what_to_measure
 from mscompile.planning.replacements import CONSTANT
 from mscompile.planning.scores import OBJECTIVES, Scores, score
@@ -31,6 +31,11 @@ from mscompile.runs.locks import claimed
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.verification.verify import fold_error, make_pair
+
+
+def _files(*entries: object) -> list[Path]:
+    """Those that are read from files of those names."""
+    return [Path(entry) for entry in entries if isinstance(entry, str | Path)]
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,9 @@ def calibrate_model(
         Units per site whose predicted risk is compared with the measured one: each costs a run over the data.
     """
     options = options or Options()
-    with contextlib.nullcontext() if output is None else claimed(output):
+    with claimed(output):
         if output is not None:
-            output_conflict([output], force=force)
+            output_conflict([output], force=force, inputs=_files(model, data))
         return _calibrate(model, data, output, options, check, run, progress)
 
 
@@ -155,8 +160,13 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
             why="the search for a fidelity verifies candidates on data",
             hint="give --keep 0.5 or --keep SITE=128, or use `mscompile MODEL --fidelity F`",
         )
-    if output is not None:
-        output_conflict([output], force=force)
+    with claimed(output):
+        if output is not None:
+            output_conflict([output], force=force, inputs=_files(model, statistics))
+        return _plan(model, statistics, output, options, options.keep)
+
+
+def _plan(model: Model, statistics: Path, output: Path | None, options: Options, keep: Keep | Mapping[str, Keep]) -> Plan:
     dense = open_dense(model, options.only, options.freeze)
     found = load_statistics(statistics, model_sha256=dense.sha256)
     dense = dense.restricted(frozenset(found.moments))
@@ -169,7 +179,7 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
         scores,
         dense.groups,
         {group: elimination.order for group, elimination in eliminations.items()},
-        resolve_keep(dense.scm, dense.groups, options.keep),
+        resolve_keep(dense.scm, dense.groups, keep),
         model_sha256=dense.sha256,
         replacement=options.replacement,
         swap=options.swap,
@@ -259,8 +269,13 @@ def apply_plan(
         The compiled graph is not the dense graph under the plan; nothing is written.
     """
     options = options or Options()
-    if output is not None:
-        output_conflict([output], force=force)
+    with claimed(output):
+        if output is not None:
+            output_conflict([output], force=force, inputs=_files(model, data))
+        return _apply(model, plan, data, output, options)
+
+
+def _apply(model: Model, plan: Plan, data: Source | None, output: Path | None, options: Options) -> Application:
     dense = open_dense(model)
     if plan.model_sha256 != dense.sha256:
         raise UsageError(

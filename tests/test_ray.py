@@ -14,8 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
+from small_models import mlp
 from test_calibration import opened
 from test_runs import BATCH, CNN, SAMPLES, equal
+from test_trials import bits
+from test_verify import data, planned
 
 import mscompile
 from mscompile.calibration.calibration import calibrate
@@ -23,6 +26,8 @@ from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import Run
 from mscompile.runs.workers import Crew, crew_of
+from mscompile.verification.interchange import Engine, disjoint_pairs
+from mscompile.verification.trials import Design, Interchanges, Shards, run_trials
 
 try:
     import ray
@@ -69,6 +74,18 @@ def test_a_cluster_gives_the_same_bits(alone: Any, crew: Crew):
     assert crew.size == 2
     assert equal(over(crew), alone)
     assert equal(over(crew), alone)
+
+
+@with_ray
+def test_trials_on_a_cluster_are_the_same(crew: Crew):
+    pair, _ = planned(mlp())
+    found = data(500)
+    engine = Engine(pair, found, batch_size=8)
+    task = Interchanges(pair, engine.answers, engine)
+    shards = Shards(found, *disjoint_pairs(len(found), 5), Design("all-sites", 0.3, 5, own=True), 8)
+    wanted = bits(run_trials(task, shards))
+    assert bits(run_trials(task, shards, run=Run(crew=crew))) == wanted
+    assert bits(run_trials(task, shards, run=Hit(crew=crew))) == wanted
 
 
 class Hit(Run):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,12 @@ import numpy.typing as npt
 from mscompile.audit.outputs import Measure, largest
 from mscompile.audit.report import Claim, Comparison, Convention, LawFound, PlainFound
 from mscompile.audit.setup import AuditOptions, Setup
+from mscompile.runs.work import Stage
 from mscompile.runtime import Progress, no_progress
 from mscompile.verification.certificate import SequentialTest, betting_bound, hoeffding_bound, risk_bound, risk_floor
 from mscompile.verification.interchange import Law, Trials, disjoint_pairs
 from mscompile.verification.metrics import Difference, relative_mse
+from mscompile.verification.trials import Design, Shards, run_trials
 
 SWAPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Swap probabilities of the table of laws."""
@@ -43,14 +45,15 @@ def decide_claims(setup: Setup, options: AuditOptions, progress: Progress = no_p
                 for convention in options.conventions
                 for measure in measures
             ]
-            for trials in stream(setup, options, law, swap, options.trials, progress):
-                for convention, measure, test, losses in tests:
-                    answer = trials.matched if convention == "matched" else trials.own
-                    assert answer is not None
-                    losses.append(measure.loss(trials.dense, answer))
-                    test.update(losses[-1])
-                if all(test.verdict != "undecided" for _, _, test, _ in tests):
-                    break
+            with contextlib.closing(stream(setup, options, law, swap, options.trials, progress)) as found:
+                for trials in found:
+                    for convention, measure, test, losses in tests:
+                        answer = trials.matched if convention == "matched" else trials.own
+                        assert answer is not None
+                        losses.append(measure.loss(trials.dense, answer))
+                        test.update(losses[-1])
+                    if all(test.verdict != "undecided" for _, _, test, _ in tests):
+                        break
             for convention, measure, test, losses in tests:
                 used = np.concatenate(losses)[: test.trials] if losses else np.zeros(0)
                 tested.append(Tested(_claim(test, used, law, swap, convention, measure), used))
@@ -66,15 +69,30 @@ def stream(
     progress: Progress = no_progress,
     *,
     own: bool | None = None,
-) -> Any:
+) -> Generator[Trials, None, None]:
     """Interchanges under a law, in the order that the seed gives."""
     base, source = disjoint_pairs(len(setup.samples), options.seed)
     count = len(base) if most is None else min(most, len(base))
     both = "own" in options.conventions if own is None else own
-    batches = setup.engine.trials(
-        setup.samples, base[:count], source[:count], law=law, swap=swap, seed=options.seed, own=both
+    design, size = Design(law, float(swap), options.seed, both), setup.engine.batch_size
+    trial_bytes = setup.engine.answer_bytes * (3 if both else 2)
+    shards = Shards(setup.samples, base[:count], source[:count], design, size, trial_bytes)
+    with contextlib.closing(run_trials(setup.task, shards, run=setup.run, stage=_stage(setup, options))) as batches:
+        yield from progress(batches, f"interchange, {law}, swap {swap:g}", math.ceil(count / size))
+
+
+def _stage(setup: Setup, options: AuditOptions) -> Stage:
+    """Where trials are kept, under all that their outputs depend on beside the law."""
+    return setup.run.work.stage(
+        "interchange",
+        dense=setup.dense.sha256,
+        compiled=setup.compiled.sha256,
+        tau=[site.model_dump(mode="json", exclude={"alike"}) for site in setup.sites],
+        data=setup.samples.sha256,
+        seed=options.seed,
+        batch_size=setup.engine.batch_size,
+        outputs=setup.engine.answers,
     )
-    return progress(batches, f"interchange, {law}, swap {swap:g}", math.ceil(count / setup.engine.batch_size))
 
 
 def _claim(
@@ -119,6 +137,7 @@ def measure_laws(setup: Setup, options: AuditOptions, progress: Progress = no_pr
             each = dict.fromkeys(measure.outputs, 0.0)
             difference = Difference(classes=measure.first.classes)
             for trials in stream(setup, options, law, swap, options.table, progress, own=True):
+                assert trials.own is not None
                 count += len(trials.base)
                 losses = measure.by_output(trials.dense, trials.matched)
                 matched += float(largest(losses.values()).sum())
@@ -171,9 +190,9 @@ def compare(ours: Setup, other: Setup, options: AuditOptions, progress: Progress
     law, swap = options.laws[0], options.swaps[0]
     total, plain, others, count = 0.0, 0.0, 0.0, 0
     test = SequentialTest(0.5, options.delta / 2.0)
-    streams = [stream(setup, options, law, swap, options.trials, progress, own=False) for setup in (ours, other)]
-    measured = zip(*(_losses(found, s.measures[0]) for found, s in zip(streams, (ours, other), strict=True)), strict=True)
-    for one, two in measured:
+    streams = [(stream(s, options, law, swap, options.trials, progress, own=False), s.measures[0]) for s in (ours, other)]
+    measured = [[measure.loss(trials.dense, trials.matched) for trials in found] for found, measure in streams]
+    for one, two in zip(*measured, strict=True):
         total += float(((1.0 + two - one) / 2.0).sum())
         plain, others, count = plain + float(one.sum()), others + float(two.sum()), count + len(one)
         test.update((two > one)[two != one].astype(np.float64))
@@ -192,8 +211,3 @@ def compare(ours: Setup, other: Setup, options: AuditOptions, progress: Progress
         verdict={"certified": "better", "refuted": "worse", "undecided": "undecided"}[test.verdict],  # type: ignore[arg-type]
         delta=options.delta,
     )
-
-
-def _losses(found: Iterable[Trials], measure: Measure) -> Iterable[npt.NDArray[np.float64]]:
-    for trials in found:
-        yield measure.loss(trials.dense, trials.matched)

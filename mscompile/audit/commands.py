@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mscompile.errors import GoalError, UsageError, VerificationError
-from mscompile.stage_commands import PROVIDER, TRUST
+from mscompile.runs.command import HOW, RUNNING, running, without_how
+from mscompile.stage_commands import PROVIDER, TRUST, with_options
 from mscompile.terminal import answer, ascii_json, bars, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@PROVIDER
-@TRUST
+@with_options(*RUNNING, PROVIDER, TRUST)
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the verdict only.")
@@ -107,9 +107,10 @@ def audit_command(
     Exit code 0: certified, 5: refuted, 6: undecided within the data given.
     """
     del verbose
+    how = {name: chosen.pop(name) for name in (*HOW, "cache")}
     if replay is not None:
         files = {"against": chosen["against"], "explain": chosen["explain"]}
-        return _replay(replay, dense, compiled, data, silent=quiet or as_json, **files)
+        return _replay(replay, dense, compiled, data, how, silent=quiet or as_json, **files)
     if dense is None or compiled is None or data is None:
         raise UsageError(
             "an audit needs two models and data",
@@ -120,19 +121,34 @@ def audit_command(
     from mscompile.audit.pipeline import audit
     from mscompile.audit.setup import AuditOptions
     from mscompile.files import output_conflict
+    from mscompile.runs.locks import claimed
     from mscompile.stage_commands import parse_outputs
 
     target = output if output is not None else compiled.with_suffix(".audit.json")
     written = [path for path in (target, html, markdown, statement) if path is not None]
-    output_conflict(written, force=force, inputs=[dense, compiled, *([Path(data)] if Path(data).is_file() else [])])
     files = {name: chosen.pop(name) for name in ("tau", "plan", "calib", "against")}
     chosen["metrics"] = chosen["metrics"] or (None,)
     chosen["outputs"] = parse_outputs(chosen["outputs"])
-    with bars(silent=quiet or as_json) as progress:
-        report = audit(
-            dense, compiled, data, AuditOptions(**chosen), **files, output=target, command=command, progress=progress
-        )
-    _write(report, target, html, markdown, statement)
+    options = AuditOptions(**chosen)
+    read = [Path(path) for path in (dense, compiled, data, *files.values()) if path is not None and Path(path).is_file()]
+    with claimed(*written):
+        output_conflict(written, force=force, inputs=read)
+        with running(**how) as run, bars(silent=quiet or as_json) as progress:
+            report = audit(
+                dense,
+                compiled,
+                data,
+                options,
+                **files,
+                output=target,
+                command=without_how(command),
+                run=run,
+                progress=progress,
+            )
+            notes = run.work.notes
+        _write(report, target, html, markdown, statement)
+    for note in notes:
+        say(f"warning: {plain(note, 1000)}", fg="yellow")
     if as_json:
         answer(ascii_json(report.to_json()))
     else:
@@ -143,7 +159,14 @@ def audit_command(
 
 
 def _replay(
-    certificate: Path, dense: Path | None, compiled: Path | None, data: str | None, *, silent: bool, **more: Any
+    certificate: Path,
+    dense: Path | None,
+    compiled: Path | None,
+    data: str | None,
+    how: dict[str, Any],
+    *,
+    silent: bool,
+    **more: Any,
 ) -> int:
     from mscompile.audit.replay import replay
     from mscompile.version import __version__
@@ -152,8 +175,11 @@ def _replay(
         raise UsageError(
             "there is no such file", where=str(certificate), why="a certificate was to be read", hint="check the path"
         )
-    with bars(silent=silent) as progress:
-        found = replay(certificate, dense, compiled, data, progress, **more)
+    if how["work"] is not None:
+        why = "what an earlier run has kept would not be made again"
+        raise UsageError("nothing is kept when replaying", where="--replay, --work", why=why, hint="leave out --work")
+    with running(**{**how, "cache": False}) as run, bars(silent=silent) as progress:
+        found = replay(certificate, dense, compiled, data, progress, run=run, **more)
     for text in found.differences:
         say(f"differs: {plain(text, 1000)}", fg="yellow")
     totals = "; ".join(f"S = {c.disagreements:g} of n = {c.trials:,}" for c in found.claims)
@@ -162,9 +188,9 @@ def _replay(
         by = "" if made_by == __version__ else f" (made by mscompile {made_by}, run again by {__version__})"
         answer(f"not reproduced: {totals}{by}")
         return VerificationError.exit_code
-    how = "every number is the same" if found.exact else "the other numbers agree to rounding"
+    same = "every number is the same" if found.exact else "the other numbers agree to rounding"
     left_out = f", without {', '.join(found.left_out)}" if found.left_out else ""
-    answer(f"reproduced: {totals}; {how}{left_out}; the certificate says {found.report.verdict}")
+    answer(f"reproduced: {totals}; {same}{left_out}; the certificate says {found.report.verdict}")
     return 0
 
 
@@ -174,6 +200,7 @@ def _write(report: AuditReport, target: Path, html: Path | None, markdown: Path 
     from mscompile.audit.statement import statement_text
     from mscompile.files import staged
     from mscompile.pages import audit_html, audit_markdown
+    from mscompile.runs.limits import finishing
 
     now = datetime.datetime.now(datetime.UTC)
     texts = (
@@ -181,10 +208,11 @@ def _write(report: AuditReport, target: Path, html: Path | None, markdown: Path 
         (html, html and audit_html(report)),
         (markdown, markdown and audit_markdown(report)),
     )
-    for path, text in (*texts, (statement, statement and statement_text(report, now))):
-        if path and text:
-            with staged(path) as draft:
-                draft.write_text(str(text), encoding="utf-8")
+    with finishing():
+        for path, text in (*texts, (statement, statement and statement_text(report, now))):
+            if path and text:
+                with staged(path) as draft:
+                    draft.write_text(str(text), encoding="utf-8")
 
 
 @click.command("report")
@@ -198,16 +226,18 @@ def report_command(report: Path, html: Path | None, markdown: Path | None, force
     del verbose
     from mscompile.files import output_conflict, staged
     from mscompile.pages import render
+    from mscompile.runs.locks import claimed
 
     if html is None and markdown is None:
         html = report.with_suffix(".html")
-    output_conflict([path for path in (html, markdown) if path is not None], force=force, inputs=[report])
-    for path, kind in ((html, "html"), (markdown, "markdown")):
-        if path is not None:
-            text = render(report, kind)
-            with staged(path) as draft:
-                draft.write_text(text, encoding="utf-8")
-            answer(str(path))
+    with claimed(html, markdown):
+        output_conflict([path for path in (html, markdown) if path is not None], force=force, inputs=[report])
+        for path, kind in ((html, "html"), (markdown, "markdown")):
+            if path is not None:
+                text = render(report, kind)
+                with staged(path) as draft:
+                    draft.write_text(text, encoding="utf-8")
+                answer(str(path))
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

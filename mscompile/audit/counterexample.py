@@ -13,6 +13,8 @@ from mscompile.audit.claims import stream
 from mscompile.audit.outputs import Measure, largest
 from mscompile.audit.report import Counterexample
 from mscompile.audit.setup import AuditOptions, Setup
+from mscompile.errors import UsageError
+from mscompile.files import staged_folder
 from mscompile.verification.interchange import Trials
 from mscompile.verification.surgery import patched
 
@@ -20,6 +22,8 @@ LARGEST = 1 << 28
 """Bytes of both models up to which they are written beside a counterexample."""
 SEARCHED = 2000
 """Trials searched for one."""
+FILES = ("dense.onnx", "compiled.onnx", "inputs.npz", "replay.py")
+"""What is in its folder."""
 REPLAY = """\
 import numpy as np, onnxruntime as ort
 case = np.load("inputs.npz")
@@ -150,15 +154,31 @@ def write(found: Found, setup: Setup, folder: Path) -> Counterexample:
         "compiled": engine.compiled.feeds(base, engine.matched_settings(found.masks, values)),
     }
     patches = {"dense": [s.dense for s in engine.pair.sites], "compiled": [s.compiled for s in engine.pair.sites]}
-    folder.mkdir(exist_ok=True)
-    for name, model in models.items():
-        graph = patched(model, patches[name]).whole()
-        (folder / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
-    arrays = {f"{name} {key}": array for name, feed in feeds.items() for key, array in feed.items()}
-    np.savez_compressed(folder / "inputs.npz", **arrays)  # type: ignore[arg-type]
     report = found.report.model_copy(update={"folder": folder.name})
-    (folder / "replay.py").write_text(replay_lines(report), encoding="utf-8")
+    with staged_folder(folder) as draft:
+        for name, model in models.items():
+            graph = patched(model, patches[name]).whole()
+            (draft / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+        arrays = {f"{name} {key}": array for name, feed in feeds.items() for key, array in feed.items()}
+        np.savez_compressed(draft / "inputs.npz", **arrays)  # type: ignore[arg-type]
+        (draft / "replay.py").write_text(replay_lines(report), encoding="utf-8")
     return report
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds what no counterexample does: it would be replaced.
+
+    Raises
+    ------
+    UsageError
+        It does, or is no folder.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        why = "it is no folder"
+    else:
+        why = next((f"there is {path.name!r} in it" for path in folder.glob("*") if path.name not in FILES), "")
+    if why:
+        raise UsageError("a counterexample cannot be written", where=str(folder), why=why, hint="give another -o")
 
 
 def replay_lines(report: Counterexample) -> str:

@@ -6,6 +6,7 @@ statistics.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mscompile.audit.report import Blame, Explanation, Unmapped
 from mscompile.audit.setup import AuditOptions, Setup
 from mscompile.errors import MscompileError
 from mscompile.operators import IntArray
+from mscompile.runs.workers import LostWorkersError
 from mscompile.runtime import Arrays, Progress, no_progress
 from mscompile.verification.certificate import risk_bound, risk_floor
 from mscompile.verification.interchange import Correspondence, Draws, disjoint_pairs
@@ -94,6 +96,8 @@ def _blame(setup: Setup, options: AuditOptions, measured: float, spread: float) 
     unknown = Blame(measured=measured, floor=None, set=None, law=None, fold=None, note="")
     try:
         floors = site_floors(setup, (0.0, options.swaps[0]))
+    except LostWorkersError:
+        raise
     except MscompileError as error:
         floors = error.what
     if isinstance(floors, str):
@@ -135,7 +139,9 @@ def site_floors(setup: Setup, swaps: tuple[float, ...]) -> Array | str:
     measure = what_to_measure(dense, Options(replacement="affine-pointwise", swap=0.5, output={setup.engine.output: 1.0}))
     chosen = [known[site.dense.tensor] for site in mapped]
     samples = setup.samples.take(slice(SAMPLES - SAMPLES % setup.engine.batch_size or setup.engine.batch_size))
-    statistics = calibrate(dense.scm, chosen, samples, batch_size=setup.engine.batch_size, measure=measure)
+    # How many passes a memory limit allows is not to show in what is found.
+    size, run = setup.engine.batch_size, replace(setup.run, memory=None)
+    statistics = calibrate(dense.scm, chosen, samples, batch_size=size, measure=measure, run=run)
     if statistics.refused:
         return next(iter(statistics.refused.values()))
     return np.array(

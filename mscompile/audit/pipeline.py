@@ -23,6 +23,7 @@ from mscompile.audit.inputs import open_model, read_data
 from mscompile.audit.report import Asked, AuditedData, AuditReport, Check, Claim
 from mscompile.audit.setup import AuditOptions, Setup, prepare
 from mscompile.intake.samples import Source
+from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.verification.certificate import Verdict
 from mscompile.verification.metrics import Metric
@@ -41,6 +42,7 @@ def audit(
     against: Path | None = None,
     output: Path | None = None,
     command: str = "",
+    run: Run = ALONE,
     progress: Progress = no_progress,
 ) -> AuditReport:
     """Test whether `compiled` is an abstraction of `dense` on the population that `data` comes from.
@@ -55,6 +57,8 @@ def audit(
         Another compiled model, compared on the same trials.
     output
         The certificate's file. It is not written here; a counterexample goes into a folder beside it.
+    run
+        Where trials are kept, and who runs them; nothing of that shows in the certificate.
 
     Returns
     -------
@@ -67,11 +71,21 @@ def audit(
         The audit could not be made, or a self-check failed.
     """
     options = options or AuditOptions()
+    folder = None if output is None else output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
+    if folder is not None and options.explain:
+        counterexample.check_folder(folder)
     ours, theirs = open_model(Path(dense)), open_model(Path(compiled))
     audited = read_data(data, ours, theirs, calib=calib, labels=options.labels, limit=options.samples, shared=options.shared)
-    setup = prepare(ours, theirs, audited.samples, options, tau=tau, plan=plan)
-    folder = None if output is None else output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
-    return examine(setup, options, audited.report, against=against, folder=folder, command=command, progress=progress)
+    run.work.begin(
+        model=ours.sha256,
+        data=audited.samples.sha256,
+        source=audited.samples.source,
+        target=str((output or theirs.path).absolute()),
+    )
+    setup = prepare(ours, theirs, audited.samples, options, tau=tau, plan=plan, run=run)
+    report = examine(setup, options, audited.report, against=against, folder=folder, command=command, progress=progress)
+    run.work.finish()
+    return report
 
 
 def examine(
@@ -99,20 +113,22 @@ def examine(
     if against is not None:
         named = {output.dense: output.weight for output in setup.outputs}
         same = replace(options, batch_size=setup.engine.batch_size, outputs=named)
-        other = prepare(setup.dense, open_model(against), setup.samples, same)
+        other = prepare(setup.dense, open_model(against), setup.samples, same, run=setup.run)
         setup.engine.batch_size = other.engine.batch_size = min(setup.engine.batch_size, other.engine.batch_size)
         comparison = compare(setup, other, options, progress)
-    explanation = found = None
+    explanation = case = None
     if options.explain:
         from mscompile.audit.explanation import explain
 
         explanation = explain(setup, options, progress)
         case = counterexample.find(setup, options)
-        if case is not None:
-            found = case.report if folder is None else counterexample.write(case, setup, folder)
+    laws, plain = measure_laws(setup, options, progress), measure_plain(setup)
     made = {check.name for check in setup.checks}
     checks = [*setup.checks, *(check for check in recorded if check.name not in made)]
     verdict, because = judge(claims, checks, data)
+    found = None
+    if case is not None:
+        found = case.report if folder is None else counterexample.write(case, setup, folder)
     return AuditReport(
         versions={
             "mscompile": __version__,
@@ -134,8 +150,8 @@ def examine(
         batch_size=setup.engine.batch_size,
         checks=checks,
         claims=claims,
-        laws=measure_laws(setup, options, progress),
-        plain=measure_plain(setup),
+        laws=laws,
+        plain=plain,
         explanation=explanation,
         counterexample=found,
         comparison=comparison,

@@ -19,6 +19,7 @@ from mscompile.audit.tau import SiteClaim
 from mscompile.errors import VerificationError
 from mscompile.intake.data import read
 from mscompile.intake.samples import Samples, Source
+from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 
 LOSS = 1e-6
@@ -61,6 +62,7 @@ def replay(
     *,
     against: Path | None = None,
     explain: bool = True,
+    run: Run = ALONE,
 ) -> Replay:
     """Check every digest of a certificate, make the audit again, and compare all that it says.
 
@@ -107,7 +109,7 @@ def replay(
         )
         for site in report.tau
     ]
-    setup = prepare(models[0], models[1], samples, options, tau=claims, origin=report.tau_origin)
+    setup = prepare(models[0], models[1], samples, options, tau=claims, origin=report.tau_origin, run=run)
     setup.engine.batch_size = report.batch_size
     other = _other(report, against)
     described = _described(report.data, samples, models)

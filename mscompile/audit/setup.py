@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from mscompile.audit.tau import Origin, SiteClaim, Tau, claims_of_file, claims_o
 from mscompile.errors import MscompileError, UsageError, VerificationError
 from mscompile.intake.provenance import METADATA
 from mscompile.intake.samples import Samples
+from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Arrays, Session
 from mscompile.verification.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
 from mscompile.verification.interchange import Engine, Law, Pair
 from mscompile.verification.metrics import Metric
 from mscompile.verification.surgery import Do, Reweighted, probe, replaced
+from mscompile.verification.trials import Interchanges
 
 ALIKE = 0.5
 """Share of variance below which units matched by weights are reported as behaving differently."""
@@ -112,6 +115,12 @@ class Setup:
     sites: tuple[AuditedSite, ...]
     outputs: tuple[Output, ...]
     notes: tuple[str, ...]
+    run: Run = ALONE
+
+    @cached_property
+    def task(self) -> Interchanges:
+        """What is done with shards of trials."""
+        return Interchanges(self.engine.pair, self.engine.answers, self.engine)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -128,10 +137,11 @@ def prepare(
     tau: Path | Sequence[SiteClaim] | None = None,
     plan: Path | None = None,
     origin: Origin | None = None,
+    run: Run = ALONE,
 ) -> Setup:
     """Find tau, open the sessions and run the self-checks.
 
-    `origin` says where a given tau is known from, where it was not given at first.
+    `origin` says where a given tau is known from, where it was not given at first; `run` who runs the trials.
 
     Raises
     ------
@@ -198,7 +208,7 @@ def prepare(
             "the compiled file was changed since it was made; --no-provenance judges it as it is now, by trials alone"
         )
     notes += [*left_out, *more, *found.notes]
-    return Setup(dense, compiled, found, read, samples, engine, tuple(checks), sites, outputs, tuple(notes))
+    return Setup(dense, compiled, found, read, samples, engine, tuple(checks), sites, outputs, tuple(notes), run)
 
 
 def _provenance(compiled: AuditModel, *, held: bool) -> Check:

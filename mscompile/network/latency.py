@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import onnxruntime as ort
 
 from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.files import staged
+from mscompile.machine import cache_folder, processor
 from mscompile.network.costs import Costs, Counts
 from mscompile.network.sizes import quickest
 from mscompile.operators import NodeView, Signature, declared, is_parameter, signature
@@ -37,17 +37,6 @@ LEVELS = (1.0, 0.75, 0.5, 0.25)
 ALIGNED = 16
 """Widths of feature maps at which onnxruntime's convolutions on CPU are at their best: a multiple of it takes no longer
 than the widths below it down to the multiple before, and odd depthwise widths take more than twice as long."""
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of this program, by the conventions of the operating system."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mscompile"
 
 
 @dataclass
@@ -97,15 +86,6 @@ class LatencyTable:
             self.entries[key] = _measure(view)
             self.measured += 1
         return self.entries[key]
-
-
-def processor() -> str:
-    """Name of the processor as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "cpu"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def _key(view: NodeView) -> str:

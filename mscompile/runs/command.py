@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,32 @@ RUNNING: tuple[Callable[[Any], Any], ...] = (
     click.option("--cache/--no-cache", default=True, help="Keep anything at all, also measured latencies. [default: cache]"),
     click.option("--resume/--no-resume", default=True, help="Go on from what is kept there. [default: resume]"),
     click.option(
-        "--workers", default="1", metavar="N", help="Processes that calibrate; or ray, ray://HOST:PORT. [default: 1]"
+        "--workers",
+        default="1",
+        metavar="N",
+        help="Processes that calibrate, and run an audit's trials; or ray, ray://HOST:PORT. [default: 1]",
     ),
     click.option("--memory-limit", metavar="SIZE", help="Memory to use at most: 2GB, 512MiB."),
     click.option("--time-limit", metavar="TIME", help="Time to take at most: 90s, 15m, 2h. The run can be resumed."),
 )
+VALUED = ("--work", "--workers", "--memory-limit", "--time-limit")
+FLAGS = ("--cache", "--no-cache", "--resume", "--no-resume")
+"""Their names, with a value and without."""
 HOW = ("work", "resume", "workers", "memory_limit", "time_limit")
 """Names of those that are no options of what is done."""
+
+
+def without_how(command: str) -> str:
+    """A command line without those of its options that say how to run, and change nothing in what comes out."""
+    kept, words = [], iter(shlex.split(command))
+    for word in words:
+        if word == "--":
+            kept += [word, *words]
+        elif word in VALUED:
+            next(words, None)
+        elif word not in FLAGS and word.partition("=")[0] not in VALUED:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 @contextlib.contextmanager

@@ -55,16 +55,27 @@ def holder(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def claimed(target: Path) -> Iterator[None]:
-    """Keep other runs from writing the same output; a file beside it, gone in the end, holds the lock.
+def claimed(*targets: Path | None) -> Iterator[None]:
+    """Keep other runs from writing the same outputs, None aside; files beside them, gone in the end, hold the locks.
 
     What a run that was killed has left there unfinished is removed.
 
     Raises
     ------
     UsageError
-        Another run is writing it.
+        Another run is writing one, or it names no file.
     """
+    with contextlib.ExitStack() as held:
+        for target in {os.path.realpath(path): path for path in targets if path is not None}.values():
+            held.enter_context(_claimed(target))
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(target: Path) -> Iterator[None]:
+    if not target.name:
+        hint = "name a file with -o"
+        raise UsageError("the output cannot be written", where=str(target), why="it names no file", hint=hint)
     lock = target.with_name(f".{target.name[:200]}{HELD}")
     try:
         file = acquire(lock)
@@ -88,7 +99,7 @@ def claimed(target: Path) -> Iterator[None]:
 
 def _remove_drafts(target: Path) -> None:
     """Remove what `files.staged` has left behind in a process that was killed."""
-    own = {target.name, f"{target.name}.data"}
     for folder in target.parent.glob(f".{glob.escape(target.name[:40])}.????????"):
-        if folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= own:
+        own = folder.is_dir() and not folder.is_symlink()
+        if own and all(path.name.startswith(target.name) for path in folder.iterdir()):
             shutil.rmtree(folder, ignore_errors=True)

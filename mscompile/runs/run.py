@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,10 +48,10 @@ class Run:
 
     def map(
         self, task: Task, numbers: Sequence[int], cut: Cut, tick: Tick, batches: Sequence[int]
-    ) -> Iterator[tuple[int, Parcel]]:
+    ) -> Generator[tuple[int, Parcel], None, None]:
         """What a task finds on shards of the given numbers, in any order, each once; `batches` of each shard are ticked."""
         if self.crew is not None and len(numbers) > 1:
-            yield from self.crew.map(task.pack(), numbers, cut, lambda number: tick(batches[number]))
+            yield from self.crew.map(task, numbers, cut, lambda number: tick(batches[number]))
         elif numbers:
             work = task.open()
             for number in numbers:

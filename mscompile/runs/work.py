@@ -28,7 +28,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mscompile.errors import DataError, ResourceError, UsageError
-from mscompile.network.latency import cache_folder, processor
+from mscompile.machine import cache_folder, processor
 from mscompile.providers import chosen
 from mscompile.runs.locks import HELD, acquire, holder
 from mscompile.runs.parcel import Parcel

@@ -7,6 +7,7 @@ As a program it talks over its standard input and output, and ends with whoever 
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import queue
@@ -22,6 +23,11 @@ from mscompile.providers import choose
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import versions
 
+TASKS = {
+    "summation": ("mscompile.calibration.summation", "Summation"),
+    "interchanges": ("mscompile.verification.trials", "Interchanges"),
+}
+"""By kind. What audits are made with is loaded apart from what compiles."""
 MACHINE = ("processor",)
 """What versions say of the machine, which may differ: float32 sums then differ in their last bits."""
 
@@ -62,9 +68,8 @@ def _opened(parcel: Parcel, threads: int | None) -> Callable[[Parcel], Parcel]:
             why=", ".join(f"{name} {here.get(name)}, not {there[name]}" for name in there if there[name] != here.get(name)),
             hint="install the same mscompile, onnxruntime and numpy wherever workers run",
         )
-    from mscompile.calibration.summation import Summation
-
-    work = {Summation.kind: Summation}[parcel.header["kind"]].unpack(parcel).open(threads)
+    module, name = TASKS[parcel.header["kind"]]
+    work = getattr(importlib.import_module(module), name).unpack(parcel).open(threads)
     return lambda shard: work(shard, lambda _: None)
 
 

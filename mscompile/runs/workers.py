@@ -13,15 +13,18 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mscompile.errors import ResourceError, UsageError
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import versions
 from mscompile.runs.worker import found_in, receive, send
+
+if TYPE_CHECKING:
+    from mscompile.runs.run import Task
 
 RETRIES = 2
 """Times that a shard is given to another worker after one was lost with it."""
@@ -33,10 +36,16 @@ AHEAD = 8
 """Shards per worker that are begun beyond the first that is not done: what is found on them waits for its turn."""
 LOOK_SECONDS = 0.2
 """Between looks at who is slow."""
+LEFT_SECONDS = 30.0
+"""After which a worker that is still at a shard of an earlier task is given up."""
 
 
 class LostError(Exception):
     """A worker is gone, with what it was doing."""
+
+
+class LostWorkersError(ResourceError):
+    """So is every other that was given the same to do."""
 
 
 class Worker(Protocol):
@@ -104,11 +113,17 @@ class Crew:
         self.size, self._hire, self._close = size, hire, close
         self._idle: list[Worker] = []
         self._busy: dict[Future[bytes], tuple[Worker, int, float]] = {}
+        self._left: dict[Future[bytes], tuple[Worker, int, float]] = {}
+        """Shards that nobody waits for any more."""
+        self._knows: dict[Worker, Task] = {}
+        self._message: tuple[Task, bytes] | None = None
 
     def map(
-        self, task: Parcel, numbers: Sequence[int], cut: Callable[[int], Parcel], done: Callable[[int], None]
-    ) -> Iterator[tuple[int, Parcel]]:
-        """What workers find on shards, in any order, each once.
+        self, task: Task, numbers: Sequence[int], cut: Callable[[int], Parcel], done: Callable[[int], None]
+    ) -> Generator[tuple[int, Parcel], None, None]:
+        """What workers find on shards, in any order, each once. A worker is told of the task once, however often it comes.
+
+        Whoever closes the generator has seen enough: what has been begun is done, and left aside.
 
         Parameters
         ----------
@@ -119,28 +134,30 @@ class Crew:
 
         Raises
         ------
-        ResourceError
+        LostWorkersError
             A shard was lost with every worker that tried it.
         MscompileError
             What a worker met, and any other would.
         """
         order = Handing(numbers)
-        first = Parcel({**task.header, "versions": versions()}, task.arrays).pack()
         ready, busy = list[Worker](), self._busy
         try:
             while not order.finished:
-                while len(ready) + len(busy) < self.size:
+                ready += self._returned()
+                while len(ready) + len(busy) + len(self._left) < self.size:
                     ready.append(self._idle.pop() if self._idle else self._hire())
-                    ready[-1].send(first)
                 while ready and (number := order.next(AHEAD * self.size)) is not None:
                     worker = ready.pop()
+                    if self._knows.get(worker) is not task:
+                        worker.send(self._packed(task))
+                        self._knows[worker] = task
                     busy[worker.send(cut(number).pack())] = worker, number, time.monotonic()
-                for future in wait(busy, LOOK_SECONDS, FIRST_COMPLETED).done:
+                for future in wait([*busy, *self._left], LOOK_SECONDS, FIRST_COMPLETED).done & busy.keys():
                     worker, number, since = busy.pop(future)
                     try:
                         content = future.result()
                     except LostError as error:
-                        worker.stop()
+                        self._dismiss(worker)
                         order.lost(number, error)
                         continue
                     ready.append(worker)
@@ -148,20 +165,46 @@ class Crew:
                         found = found_in(content)
                         done(number)
                         yield number, found
+        except GeneratorExit:
+            self._left.update(busy)
+            busy.clear()
+            raise
         finally:
             self._idle += ready
-            self._stop_busy()
+            self._stop(busy)
 
-    def _stop_busy(self) -> None:
-        for worker, _, _ in self._busy.values():
-            worker.stop()
-        self._busy.clear()
+    def _packed(self, task: Task) -> bytes:
+        """A task as a message."""
+        if self._message is None or self._message[0] is not task:
+            parcel = task.pack()
+            self._message = task, Parcel({**parcel.header, "versions": versions()}, parcel.arrays).pack()
+        return self._message[1]
+
+    def _returned(self) -> Iterator[Worker]:
+        """Those who have done what nobody waits for any more; who takes too long is given up."""
+        for future, (worker, _, since) in list(self._left.items()):
+            if future.done() or time.monotonic() - since > LEFT_SECONDS:
+                del self._left[future]
+                if future.done() and future.exception() is None:
+                    yield worker
+                else:
+                    self._dismiss(worker)
+
+    def _dismiss(self, worker: Worker) -> None:
+        self._knows.pop(worker, None)
+        worker.stop()
+
+    def _stop(self, busy: dict[Future[bytes], tuple[Worker, int, float]]) -> None:
+        for worker, _, _ in busy.values():
+            self._dismiss(worker)
+        busy.clear()
 
     def close(self) -> None:
         """Let all workers go."""
-        self._stop_busy()
+        for busy in (self._busy, self._left):
+            self._stop(busy)
         for worker in self._idle:
-            worker.stop()
+            self._dismiss(worker)
         self._idle.clear()
         self._close()
 
@@ -213,7 +256,7 @@ class Handing:
             return
         self._lost[number] += 1
         if self._lost[number] > RETRIES:
-            raise ResourceError(
+            raise LostWorkersError(
                 "workers are lost over and over",
                 where=f"shard {number}, {self._lost[number]} times",
                 why=str(error),

@@ -8,8 +8,9 @@ model itself has on the source. Units that the compiled model has not got keep t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from mscompile.verification.skeletons import Skeleton
 from mscompile.verification.surgery import Patch
 
 Law = Literal["one-site", "all-sites"]
+Masks = list[npt.NDArray[np.bool_]]
 CHUNK = 64
 """Trials whose random numbers come from one generator: what is drawn does not depend on the batch size."""
 
@@ -60,6 +62,16 @@ class Pair:
     compiled: Skeleton
     sites: tuple[Correspondence, ...]
 
+    def masks(self, start: int, stop: int, *, law: Law, swap: float, seed: int) -> Masks:
+        """Per site, [trials, retained]: the units that a law swaps in trials `start` to `stop`."""
+        places, units = Draws(seed, [site.size for site in self.sites]).take(start, stop)
+        drawn = (places * len(self.sites)).astype(np.int64)
+        masks = []
+        for number, (site, numbers) in enumerate(zip(self.sites, units, strict=True)):
+            chosen = numbers[:, site.kept] < swap
+            masks.append(chosen & (drawn == number)[:, None] if law == "one-site" else chosen)
+        return masks
+
 
 class Draws:
     """The random numbers of a sequence of trials: which site, and a number in [0, 1) for each dense unit.
@@ -93,18 +105,23 @@ class Trials:
     ----------
     base, source
         [trials] numbers of the samples.
-    masks
-        Per site, [trials, retained]: which pairs of channels were swapped.
+    draw
+        Gives the masks.
     dense, matched, own
         [trials, …] by output, under its name in the dense model; the last is None where it was not asked for.
     """
 
     base: IntArray
     source: IntArray
-    masks: list[npt.NDArray[np.bool_]]
+    draw: Callable[[], Masks]
     dense: Arrays
     matched: Arrays
     own: Arrays | None
+
+    @cached_property
+    def masks(self) -> Masks:
+        """Per site, [trials, retained]: which pairs of channels were swapped."""
+        return self.draw()
 
 
 def disjoint_pairs(count: int, seed: int) -> tuple[IntArray, IntArray]:
@@ -114,56 +131,21 @@ def disjoint_pairs(count: int, seed: int) -> tuple[IntArray, IntArray]:
     return order[:trials], order[trials : 2 * trials]
 
 
-class Engine:
-    """Both models opened for interchange; building one runs the self-checks.
-
-    A null patch and a self patch must leave either model's outputs bit for bit as they are; where the sites lie on every
-    path from input to output, patching all their channels must reproduce the source's outputs.
-
-    Parameters
-    ----------
-    outputs
-        The compiled model's by the dense one's, one result per sample in both. By default the first of floating point.
+class Opened:
+    """Both models of a pair, opened for interchange.
 
     Attributes
     ----------
     answers
         The compiled model's output by the dense one's.
-    output
-        The first one compared.
-    metric
-        How its values are compared.
-    full_source_checked
-        Whether the sites lie on every path to every output compared, so that the third check was made for all.
+    batch_size
+        Trials run at once.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        samples: Samples,
-        *,
-        batch_size: int,
-        metric: Metric | None = None,
-        outputs: Mapping[str, str] | None = None,
-    ) -> None:
-        self.pair, self.batch_size = pair, batch_size
-        self.dense = Intervened(pair.dense, [site.dense for site in pair.sites])
-        self.compiled = Intervened(pair.compiled, [site.compiled for site in pair.sites])
-        self.batch = next(samples.batches(min(batch_size, len(samples))))
-        values = self.dense.read(self.batch)
-        if outputs is None:
-            output = compared_output(pair.dense.proto)
-            outputs = {output: output if output in self.compiled.outputs else compared_output(pair.compiled.proto)}
-        self.answers = dict(outputs)
-        self.output = next(iter(self.answers))
-        self.metric = metric if metric is not None else default_metric(values[self.output])
-        check_patches("dense", self.dense, self.batch, list(self.answers), samples.shared)
-        check_patches("compiled", self.compiled, self.batch, list(self.answers.values()), samples.shared)
-        sites = [site.dense.tensor for site in pair.sites]
-        cut = [output for output in self.answers if cuts_all_paths(pair.dense.proto, sites, output)]
-        self.full_source_checked = len(cut) == len(self.answers)
-        if cut:
-            check_full_source(self.dense, self.batch, cut, samples.shared)
+    def __init__(self, pair: Pair, answers: Mapping[str, str], *, batch_size: int, threads: int | None = None) -> None:
+        self.pair, self.answers, self.batch_size = pair, dict(answers), batch_size
+        self.dense = Intervened(pair.dense, [site.dense for site in pair.sites], threads=threads)
+        self.compiled = Intervened(pair.compiled, [site.compiled for site in pair.sites], threads=threads)
 
     def trials(
         self,
@@ -175,33 +157,23 @@ class Engine:
         swap: float,
         seed: int,
         own: bool = False,
+        first: int = 0,
     ) -> Iterator[Trials]:
         """Interchange the pairs (base[i], source[i]) in order, a batch at a time.
 
-        Three forward passes each; with `own`, five.
+        Three forward passes each; with `own`, five. They are trials `first` and on of those that the seed gives.
         """
-        draws = Draws(seed, [site.size for site in self.pair.sites])
         for start in range(0, len(base), self.batch_size):
             stop = min(start + self.batch_size, len(base))
-            masks = self.masks(draws, start, stop, law, swap)
+            masks = self.pair.masks(first + start, first + stop, law=law, swap=swap, seed=seed)
             yield self.interchange(samples, base[start:stop], source[start:stop], masks, own=own)
-
-    def masks(self, draws: Draws, start: int, stop: int, law: Law, swap: float) -> list[npt.NDArray[np.bool_]]:
-        """Per site, [trials, retained]: the units that a law swaps."""
-        places, units = draws.take(start, stop)
-        drawn = (places * len(self.pair.sites)).astype(np.int64)
-        masks = []
-        for number, (site, numbers) in enumerate(zip(self.pair.sites, units, strict=True)):
-            chosen = numbers[:, site.kept] < swap
-            masks.append(chosen & (drawn == number)[:, None] if law == "one-site" else chosen)
-        return masks
 
     def interchange(
         self,
         samples: Samples,
         base: IntArray,
         source: IntArray,
-        masks: list[npt.NDArray[np.bool_]],
+        masks: Masks,
         *,
         own: bool = False,
     ) -> Trials:
@@ -221,7 +193,8 @@ class Engine:
                 for site, mask in zip(self.pair.sites, padded, strict=True)
             }
             mine = self._run_compiled(base_feed, settings, len(base))
-        return Trials(base, source, masks, {name: array[: len(base)] for name, array in dense.items()}, matched, mine)
+        answers = {name: array[: len(base)] for name, array in dense.items()}
+        return Trials(base, source, lambda: masks, answers, matched, mine)
 
     def _run_compiled(self, inputs: Feed, settings: dict[str, Setting], count: int) -> Arrays:
         found = self.compiled.run(inputs, settings, list(self.answers.values()))
@@ -266,6 +239,57 @@ class Engine:
             {output: np.concatenate([dense[output] for dense, _ in runs]) for output in self.answers},
             {a: np.concatenate([compiled[b] for _, compiled in runs]) for a, b in self.answers.items()},
         )
+
+
+class Engine(Opened):
+    """Both models opened for interchange; building one runs the self-checks.
+
+    A null patch and a self patch must leave either model's outputs bit for bit as they are; where the sites lie on every
+    path from input to output, patching all their channels must reproduce the source's outputs.
+
+    Parameters
+    ----------
+    outputs
+        The compiled model's by the dense one's, one result per sample in both. By default the first of floating point.
+
+    Attributes
+    ----------
+    output
+        The first one compared.
+    metric
+        How its values are compared.
+    full_source_checked
+        Whether the sites lie on every path to every output compared, so that the third check was made for all.
+    answer_bytes
+        Bytes of the dense model's outputs compared, per sample.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        samples: Samples,
+        *,
+        batch_size: int,
+        metric: Metric | None = None,
+        outputs: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(pair, {}, batch_size=batch_size)
+        self.batch = next(samples.batches(min(batch_size, len(samples))))
+        values = self.dense.read(self.batch)
+        if outputs is None:
+            output = compared_output(pair.dense.proto)
+            outputs = {output: output if output in self.compiled.outputs else compared_output(pair.compiled.proto)}
+        self.answers = dict(outputs)
+        self.output = next(iter(self.answers))
+        self.answer_bytes = sum(values[name].nbytes for name in self.answers) // max(len(values[self.output]), 1)
+        self.metric = metric if metric is not None else default_metric(values[self.output])
+        check_patches("dense", self.dense, self.batch, list(self.answers), samples.shared)
+        check_patches("compiled", self.compiled, self.batch, list(self.answers.values()), samples.shared)
+        sites = [site.dense.tensor for site in pair.sites]
+        cut = [output for output in self.answers if cuts_all_paths(pair.dense.proto, sites, output)]
+        self.full_source_checked = len(cut) == len(self.answers)
+        if cut:
+            check_full_source(self.dense, self.batch, cut, samples.shared)
 
 
 def _whole(site: Correspondence) -> bool:

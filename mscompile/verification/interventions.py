@@ -38,6 +38,8 @@ class Intervened:
         Any model; it is not changed.
     patches
         The tensors whose units are read or set.
+    threads
+        Threads per operator; onnxruntime's own choice if None.
 
     Attributes
     ----------
@@ -45,7 +47,14 @@ class Intervened:
         Binary digits of the narrowest 16-bit floats in the model; None where there are none.
     """
 
-    def __init__(self, model: onnx.ModelProto | Skeleton, patches: Sequence[Patch], *, optimise: bool = False) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto | Skeleton,
+        patches: Sequence[Patch],
+        *,
+        optimise: bool = False,
+        threads: int | None = None,
+    ) -> None:
         self.patches = tuple(patches)
         skeleton = weightless(model)
         graph = skeleton.proto.graph
@@ -56,9 +65,9 @@ class Intervened:
         self.digits = next((digits for kind, digits in narrow.items() if kind in kinds), None)
         tensors = [patch.tensor for patch in patches]
         self.outputs = [output.name for output in graph.output]
-        self._plain = Session(probe(skeleton, tensors), optimise=optimise, spin=False)
+        self._plain = Session(probe(skeleton, tensors), optimise=optimise, threads=threads, spin=False)
         surgery = patched(skeleton, patches)
-        self._patched = Session(surgery, optimise=optimise, spin=False)
+        self._patched = Session(surgery, optimise=optimise, threads=threads, spin=False)
         self._dtypes = {
             i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in surgery.proto.graph.input
         }
