@@ -285,11 +285,9 @@ def test_outputs_of_every_command_are_one_runs_at_a_time(folder: Path, tmp_path:
     statistics, certified = str(tmp_path / "s"), str(tmp_path / "c.json")
     data_, plan = ["--data", str(folder / "audit.npz")], str(folder / "small.plan.json")
     assert run_command(["calibrate", model, "-o", statistics, "--no-cache"]) == 0
-    assert run_command(["audit", model, small, *data_, "--table", "0", "--no-explain", "-o", certified, "--no-cache"]) in (
-        0,
-        6,
-    )
     audited = ["audit", model, small, *data_, "--table", "0", "--no-explain", "--no-cache"]
+    run_command([*audited, "-o", certified])
+    assert Path(certified).is_file()
     with claimed(Path(held)):
         for words in (
             [model, "-o", held],
