@@ -18,9 +18,9 @@ from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel, open_dense
 from mscompile.options import Options
 from mscompile.planning.preparation import what_to_measure
-from mscompile.planning.replacements import Fit, fit_affine, interchanged
+from mscompile.planning.replacements import Fit, fit_affine, fit_by_row, interchanged
 from mscompile.planning.scores import score
-from mscompile.planning.shrinkage import SCARCE, interchange_error, shrunk, with_shrinkage
+from mscompile.planning.shrinkage import SCARCE, SHARES, held_out_risks, interchange_error, shrunk, with_shrinkage
 
 Array = npt.NDArray[np.float64]
 
@@ -97,6 +97,26 @@ def test_the_error_under_interchange_is_that_of_swapped_rows() -> None:
     found = np.diagonal(interchange_error(fit, moments_of(rows), kept, replaced, swap))
     # Five standard errors of a mean of squares.
     np.testing.assert_array_less(np.abs(found - (error**2).mean(axis=0)), 5 * (error**2).std(axis=0) / draws**0.5)
+
+
+@pytest.mark.parametrize("rows", [None, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("swap", [0.0, 0.1])
+def test_held_out_risks_are_those_of_each_fit(swap: float, rows: list[int] | None) -> None:
+    rng = np.random.default_rng(6)
+    kept, replaced = split(rng, 10, 6)
+    moments, seen = moments_of(*related(rng, 40, 10)), moments_of(*related(rng, 30, 10))
+    root = rng.standard_normal((10, 10))
+    site = replace(open_dense(mlp((WIDTH, 10, 3))).sites[0], rows=None if rows is None else np.array(rows))
+    wanted = []
+    for share in SHARES:
+        if rows is None:
+            fit = fit_affine(shrunk(moments, share), kept, replaced, swap)
+        else:
+            fit = fit_by_row(fit_affine, shrunk(moments, share), kept, replaced, swap, np.array(rows))
+        error = interchange_error(fit, seen, kept, replaced, swap)
+        wanted.append(0.5 * np.sum((root @ root.T)[np.ix_(replaced, replaced)] * error))
+    found = held_out_risks(site, moments, seen, site.units[kept], root @ root.T, swap)
+    np.testing.assert_allclose(found, wanted, rtol=ROUNDING)
 
 
 def measured(dense: DenseModel, x: npt.NDArray[np.float32], options: Options) -> tuple[Statistics, Samples]:

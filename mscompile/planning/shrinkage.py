@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.instrument import Measure
@@ -28,7 +29,7 @@ from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.network.scm import Site
 from mscompile.operators import IntArray
-from mscompile.planning.replacements import AFFINE_FITS, Fit, fit_affine, fit_by_row, interchanged
+from mscompile.planning.replacements import AFFINE_FITS, Fit, fit_affine, interchanged, stabilise
 from mscompile.planning.scores import Scores, joint_curvature
 from mscompile.planning.selection import dependent_units, eliminate_by_score
 from mscompile.runs.run import ALONE, Run
@@ -82,10 +83,7 @@ def with_shrinkage(
     for site in scarce:
         order = eliminate_by_score(source.groups[site.group], scores).order
         own, curvature = moments[site.tensor], joint_curvature(site, statistics)
-        risks = [
-            held_out_risk(site, shrunk(own, share), seen[site.tensor], order[len(order) // 2 :], curvature, swap)
-            for share in SHARES
-        ]
+        risks = held_out_risks(site, own, seen[site.tensor], order[len(order) // 2 :], curvature, swap)
         found[site.tensor] = SHARES[int(np.argmin(risks))]
         moments[site.tensor] = shrunk(own, found[site.tensor])
     return replace(statistics, moments=moments), found
@@ -104,25 +102,55 @@ def _shrunk(scatter: Array | None, share: float) -> Array | None:
     return found
 
 
-def held_out_risk(site: Site, moments: Moments, seen: Moments, kept_units: IntArray, curvature: Array, swap: float) -> float:
-    """Risk of a site under interchange, fitted with `moments`, on samples whose moments are `seen`."""
+def held_out_risks(
+    site: Site, moments: Moments, seen: Moments, kept_units: IntArray, curvature: Array, swap: float
+) -> Array:
+    """[len(SHARES)]: risk of a site under interchange, fitted with `moments` shrunk, on samples whose moments are `seen`.
+
+    With D the diagonal of the bracket that a fit inverts and Q Λ Qᵀ = D^-½ (bracket) D^-½, every λ has the fit
+    B = (cross D^-½ Q) (Λ + λ)⁻¹ (D^-½ Q)ᵀ, so that one decomposition and a few products serve all of them.
+    """
     stays = np.isin(site.units, kept_units)
     kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
     if not len(kept) or not len(replaced):
-        return 0.0
-    if site.rows is None:
-        fit = fit_affine(moments, kept, replaced, swap)
-    else:
-        fit = fit_by_row(fit_affine, moments, kept, replaced, swap, site.rows)
-    error = interchange_error(fit, seen, kept, replaced, swap)
-    return 0.5 * float(np.sum(curvature[np.ix_(replaced, replaced)] * error))
+        return np.zeros(len(SHARES))
+    bracket, cross, _ = _interchanged(moments, kept, replaced, swap)
+    if site.rows is not None:
+        bracket *= site.rows[kept, None] == site.rows[kept]
+        cross *= site.rows[kept, None] == site.rows[replaced]
+    stabilise(bracket)
+    scale = 1.0 / np.sqrt(np.diagonal(bracket))
+    values, vectors = scipy.linalg.eigh(scale[:, None] * bracket * scale, overwrite_a=True)
+    turned = scale[:, None] * vectors
+    here, there, spread = _interchanged(seen, kept, replaced, swap, seen.mean - moments.mean)
+    weight, along = curvature[np.ix_(replaced, replaced)], turned.T @ cross
+    weighted = along @ weight
+    # tr(G B C) and tr(G B A Bᵀ), by direction and by pair of directions.
+    first = np.einsum("ij,ij->i", weighted, turned.T @ there)
+    second = (weighted @ along.T) * (turned.T @ here @ turned)
+    left = 1.0 / (values + np.array(SHARES)[:, None])
+    risks: Array = np.sum(weight * spread) - 2.0 * left @ first + np.einsum("si,ij,sj->s", left, second, left)
+    return 0.5 * risks
+
+
+def _interchanged(
+    moments: Moments, kept: IntArray, replaced: IntArray, swap: float, shift: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Second moments under interchange, about the mean less `shift`: of kept channels, with replaced ones, and of these."""
+    sigma, common = moments.covariance, moments.common
+    bracket = interchanged(sigma, common, swap)[np.ix_(kept, kept)]
+    cross = ((1 - swap) * sigma + swap * common)[np.ix_(kept, replaced)]
+    spread = sigma[np.ix_(replaced, replaced)]
+    if shift is None:
+        return bracket, cross, spread
+    k, p = shift[kept], shift[replaced]
+    return bracket + np.outer(k, k), cross + np.outer(k, p), spread + np.outer(p, p)
 
 
 def interchange_error(fit: Fit, moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Array:
     """[replaced, replaced]: second moment of replacement minus activation where retained channels are interchanged."""
     assert fit.matrix is not None
-    sigma, common = moments.covariance, moments.common
-    bracket = interchanged(sigma, common, swap)[np.ix_(kept, kept)]
-    cross = fit.matrix @ ((1 - swap) * sigma + swap * common)[np.ix_(kept, replaced)]
-    bias = fit.constants + fit.matrix @ moments.mean[kept] - moments.mean[replaced]
-    return sigma[np.ix_(replaced, replaced)] - cross - cross.T + fit.matrix @ bracket @ fit.matrix.T + np.outer(bias, bias)
+    about = (fit.constants + fit.matrix @ moments.mean[kept] - moments.mean[replaced])[:, None]
+    bracket, across, spread = _interchanged(moments, kept, replaced, swap)
+    cross = fit.matrix @ across
+    return spread - cross - cross.T + fit.matrix @ bracket @ fit.matrix.T + about * about.T
