@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from mscompile.files import weight_bytes
 from mscompile.operators import DIALECT, IntArray
 from mscompile.passes import RemoveDeadUnits, compiling
+from mscompile.passes.readers import SHELF
 from mscompile.planning.plan import Plan
+from mscompile.runs.work import NOWHERE, Work
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,10 @@ class Compiled:
     unfolded: tuple[str, ...] = ()
 
 
-def rewrite(model: ir.Model, plan: Plan) -> Compiled:
-    """Apply a plan to a canonical model; the model itself stays as it is."""
+def rewrite(model: ir.Model, plan: Plan, work: Work = NOWHERE) -> Compiled:
+    """Apply a plan to a canonical model; the model itself stays as it is. New weights of a large one are put aside."""
     copy = model.clone()
+    copy.graph.meta[SHELF] = work.shelf(weight_bytes(model))
     alignment: Mapping[str, IntArray] = {}
     unfolded: tuple[str, ...] = ()
     if plan.sites:
@@ -42,4 +46,5 @@ def rewrite(model: ir.Model, plan: Plan) -> Compiled:
             if isinstance(step, RemoveDeadUnits):
                 alignment = step.alignment
                 unfolded = tuple(node.outputs[0].name or "" for node in copy.graph if node.domain == DIALECT)
+    del copy.graph.meta[SHELF]
     return Compiled(copy, alignment, unfolded)

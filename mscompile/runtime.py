@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mscompile.errors import ModelError, MscompileError, ResourceError, UnsupportedError
+from mscompile.intake import shelf
 from mscompile.intake.vetting import all_nodes
 from mscompile.providers import TITLES, absent, chosen
 from mscompile.verification.skeletons import Skeleton, skeleton_of
@@ -34,7 +35,8 @@ RUN_SECONDS = 600.0
 
 
 LARGE = 1 << 30
-"""Bytes of weights from which onnxruntime keeps no copies of its own, laid out anew or transposed, for speed."""
+"""Bytes of weights from which onnxruntime keeps no copies of its own, laid out anew or transposed, for speed. Of graphs run
+as they are written, several are open at a time: there `shelf.LARGE` holds."""
 
 
 class Session:
@@ -84,7 +86,7 @@ class Session:
         if given:
             options.add_external_initializers(list(given), list(given.values()))
         disabled = None
-        if skeleton.weight_bytes > LARGE:
+        if skeleton.weight_bytes > (LARGE if optimise else shelf.LARGE):
             options.add_session_config_entry("session.disable_prepacking", "1")
             disabled = ["ConstantFolding"]
         try:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from mscompile.network.scm import Scm, Slot, read_scm
 from mscompile.network.units import alive, width
 from mscompile.operators import DIALECT, IntArray, Signature
-from mscompile.passes.readers import add_parameter, array_of, owned
+from mscompile.passes.readers import add_parameter, array_of, new_weight, owned
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _slice_parameters(graph: ir.Graph, scm: Scm, dead: IntArray) -> None:
             same = [k for k in cuts if k[0].inputs[k[1]] is value]
             alone = len(same) == uses_left[value] and not value.is_graph_output()
             if alone and all(_equal(cuts[k], axes) for k in same):
-                value.const_value = ir.tensor(array, dtype=dtype, name=value.name)
+                value.const_value = new_weight(graph, array, dtype, value.name)
                 value.shape = ir.Shape(array.shape)
                 shared[key] = value
             else:

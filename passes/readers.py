@@ -10,6 +10,17 @@ import onnx_ir as ir
 from mscompile.network.scm import Reader, Scm
 from mscompile.operators import DIALECT, Linear, Signature, is_parameter
 
+SHELF = "mscompile.shelf"
+"""Key in a graph's `meta` of the `Shelf` that its new weights are put on."""
+
+
+def new_weight(
+    graph: ir.Graph, array: np.ndarray, dtype: ir.DataType | None = None, name: str | None = None
+) -> ir.TensorProtocol:
+    """An array as a new weight of a graph."""
+    shelf = graph.meta.get(SHELF)
+    return ir.tensor(array if shelf is None else shelf.put(array), dtype=dtype, name=name)
+
 
 def free_name(graph: ir.Graph, name: str) -> str:
     """`name`, or `name` with a number where that is taken."""
@@ -24,7 +35,7 @@ def free_name(graph: ir.Graph, name: str) -> str:
 def add_parameter(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
     """Store an array as an initializer under `name`, numbered where that is taken."""
     unique = free_name(graph, name)
-    tensor = ir.tensor(array, dtype=dtype, name=unique)
+    tensor = new_weight(graph, array, dtype, unique)
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
@@ -51,7 +62,7 @@ def owned(graph: ir.Graph, node: ir.Node, operand: int, array: np.ndarray) -> No
     assert old is not None
     assert old.const_value is not None
     dtype = old.const_value.dtype
-    tensor = ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy())), dtype=dtype, name=old.name)
+    tensor = new_weight(graph, np.ascontiguousarray(array.astype(dtype.numpy())), dtype, old.name)
     if len(old.uses()) == 1 and not old.is_graph_output():
         old.const_value = tensor
         old.shape = ir.Shape(array.shape)

@@ -74,6 +74,7 @@ def calibrate(
         memory=memory,
     )
     shards = Shards(samples, batch_size)
+    shelf = run.work.shelf(_found(sites, measure, opset))
     for number, (group, blocks) in enumerate(_groups(sites, measure, opset, memory)):
         parts = [
             # What is no outer product is the same in every pass.
@@ -87,7 +88,7 @@ def calibrate(
             )
             for i, block in enumerate(blocks)
         ]
-        part = _symmetric(_stacked(parts) if len(parts) > 1 else parts[0])
+        part = _symmetric(_stacked(parts) if len(parts) > 1 else parts[0]).on(shelf)
         whole = part if whole is None else _side_by_side(whole, part)
     if whole is None:
         raise UsageError("there is no site to calibrate", where="sites", why="the list is empty", hint="name a site")
@@ -122,6 +123,12 @@ def _entries(site: Site, measure: Measure, opset: int) -> tuple[int, int]:
     seen = [window_of(site, reader, opset) for reader in site.readers] if measure.windows else []
     features = sum(window.features**2 for window in seen if window is not None) * (1 + measure.shared)
     return squares * site.size, features
+
+
+def _found(sites: Sequence[Site], measure: Measure, opset: int) -> int:
+    """Bytes of the matrices that are found."""
+    entries = (_entries(site, measure, opset) for site in sites)
+    return sum(8 * (squares * site.size + features) for site, (squares, features) in zip(sites, entries, strict=True))
 
 
 def _room(limit: int, scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, opset: int) -> int:

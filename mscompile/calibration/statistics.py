@@ -6,10 +6,12 @@ Statistics of disjoint data add: ``a + b`` is what one pass over both would have
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from mscompile.intake.shelf import Shelf
 
 Array = npt.NDArray[np.float64]
 
@@ -79,6 +81,10 @@ class Moments:
 
 def _merged(a: Array | None, b: Array | None, between: Array) -> Array | None:
     return None if a is None or b is None else a + b + between
+
+
+def _put(array: Array | None, shelf: Shelf) -> Array | None:
+    return None if array is None else shelf.put(array)
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,19 @@ class Statistics:
     metric: str = "none"
     outputs: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
+
+    def on(self, shelf: Shelf) -> Statistics:
+        """The same with their matrices on a shelf."""
+        return replace(
+            self,
+            moments={
+                t: replace(m, scatter=_put(m.scatter, shelf), shared=_put(m.shared, shelf)) for t, m in self.moments.items()
+            },
+            curvature={t: replace(c, second=_put(c.second, shelf)) for t, c in self.curvature.items()},
+            windows={
+                r: replace(w, products=shelf.put(w.products), shared=_put(w.shared, shelf)) for r, w in self.windows.items()
+            },
+        )
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.moments.keys() != other.moments.keys() or self.curvature.keys() != other.curvature.keys():

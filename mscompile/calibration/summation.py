@@ -99,8 +99,10 @@ class Summation:
             done += count
             tick(1)
             if i % HELD_BATCHES == 0 or i == batches:
-                self.add(totals, {name: value.numpy().astype(np.float64) for name, value in sums.items()})
-                state = self.empty()
+                state.clear()
+                for name in list(sums):  # let go of one by one: beside the totals they take most of the memory
+                    self.take(totals, {name: sums.pop(name).numpy().astype(np.float64)})
+                state = self.empty() if i < batches else state
         return totals
 
     def empty(self) -> dict[str, ort.OrtValue]:
@@ -108,7 +110,7 @@ class Summation:
         return {before(name): ort.OrtValue.ortvalue_from_numpy(start.array) for name, start in self.starts.items()}
 
     def add(self, totals: dict[str, Array], found: Mapping[str, Array]) -> None:
-        """Take more sums, and extremes, into the totals."""
+        """Add more sums, and extremes, to the totals."""
         for name, value in found.items():
             if name not in totals:
                 totals[name] = np.array(value)
@@ -116,6 +118,11 @@ class Summation:
                 np.maximum(totals[name], value, out=totals[name])
             else:
                 totals[name] += value
+
+    def take(self, totals: dict[str, Array], found: Mapping[str, Array]) -> None:
+        """The same with arrays that are not used any more: the first ones become the totals."""
+        totals.update({name: value for name, value in found.items() if name not in totals and value.flags.writeable})
+        self.add(totals, {name: value for name, value in found.items() if totals.get(name) is not value})
 
     def pack(self) -> Parcel:
         """All of it, to travel."""

@@ -85,7 +85,7 @@ class Merging:
 
     def _merge(self) -> None:
         while self.turn in self._early:
-            self._summation.add(self.totals, self._early.pop(self.turn).arrays)
+            self._summation.take(self.totals, self._early.pop(self.turn).arrays)
             self.turn += 1
 
     def _forget(self) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.windows import determined, fit_window, window_name, window_weight
 from mscompile.errors import GoalError, UsageError
+from mscompile.intake.shelf import Shelf
 from mscompile.network.scm import Scm, Site
 from mscompile.operators import IntArray
 from mscompile.planning.constants import has_carriers
@@ -132,6 +133,12 @@ class SitePlan(BaseModel):
         for array in arrays:
             total.update(b"" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
+
+    def on(self, shelf: Shelf) -> SitePlan:
+        """The same with its matrices on a shelf."""
+        windows = tuple(window.model_copy(update={"columns": shelf.put(window.columns)}) for window in self.windows)
+        affine = None if self.affine is None else shelf.put(self.affine)
+        return self.model_copy(update={"affine": affine, "windows": windows})
 
     @property
     def replaced(self) -> IntArray:

@@ -95,7 +95,7 @@ def recalibrate(
     dense = Session(probe(skeleton_of(source.model), sorted(inputs)))
 
     def carried_out(*sites: SitePlan) -> ir.Model:
-        return rewrite(source.model, plan.model_copy(update={"sites": sites})).model
+        return rewrite(source.model, plan.model_copy(update={"sites": sites}), stage.work).model
 
     def risk(compiled: ir.Model) -> float:
         found = Session(compiled).run_all(held.batches(batch_size), names)

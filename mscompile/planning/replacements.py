@@ -6,13 +6,14 @@ All fits are closed forms of a site's mean μ and covariance Σ, for retained ch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.calibration.statistics import Moments
+from mscompile.intake.shelf import Shelf
 from mscompile.operators import IntArray
 
 Array = npt.NDArray[np.float64]
@@ -108,6 +109,10 @@ class Factor:
             return cls(moments, swap, order, scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True))
         except scipy.linalg.LinAlgError:
             return None
+
+    def on(self, shelf: Shelf) -> Factor:
+        """The same with its matrix on a shelf."""
+        return replace(self, lower=shelf.put(self.lower))
 
     def fits(self, kept: IntArray, swap: float) -> bool:
         """Whether the retained channels are the last ones, and the swap probability is that of the factor."""

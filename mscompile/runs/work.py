@@ -28,6 +28,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mscompile.errors import DataError, ResourceError, UsageError
+from mscompile.intake.shelf import Shelf, shelf_for
 from mscompile.machine import cache_folder, processor
 from mscompile.providers import chosen
 from mscompile.runs.locks import HELD, acquire, holder
@@ -267,6 +268,10 @@ class Work:
     def resumable(self) -> bool:
         """Whether there is a run that can be gone on with."""
         return self.root is not None and self.begun is not None
+
+    def shelf(self, size: int) -> Shelf:
+        """Where arrays of so many bytes together are put: on the same disk as what is kept, if anything is."""
+        return shelf_for(size, self.root)
 
     def finish(self) -> None:
         """Say that the run is done: nothing is left to resume."""

@@ -12,6 +12,7 @@ import numpy as np
 from mscompile.calibration.statistics import Statistics
 from mscompile.clock import Clock
 from mscompile.intake.samples import Samples
+from mscompile.intake.shelf import Shelf
 from mscompile.network.dense import DenseModel
 from mscompile.options import Options
 from mscompile.planning.plan import Plan, SitePlan, make_plan
@@ -100,7 +101,8 @@ class Workshop:
         for group, count in counts.items():
             key = group, count, predicted
             if key not in self._planned:
-                self._planned[key] = self._plan({group: count}, predicted=predicted).sites
+                planned = self._plan({group: count}, predicted=predicted).sites
+                self._planned[key] = tuple(plan.on(self._shelf) for plan in planned)
             found += self._planned[key]
         place = {site.tensor: i for i, site in enumerate(self.source.scm.sites)}
         return tuple(sorted(found, key=lambda plan: place[plan.tensor]))
@@ -124,6 +126,11 @@ class Workshop:
             )
 
     @cached_property
+    def _shelf(self) -> Shelf:
+        """Of what is fitted at all sites."""
+        return self.stage.work.shelf(sum(site.size**2 * 8 for site in self.source.sites))
+
+    @cached_property
     def _factors(self) -> dict[str, Factor]:
         """By site tensor; none where channels of several rows, or units of several channels, leave no order."""
         swap, found = self.options.swap, {}
@@ -136,7 +143,7 @@ class Workshop:
                 own = place[np.searchsorted(elimination.order, site.units, sorter=place)]
                 factor = Factor.make(self.statistics.moments[site.tensor], swap, np.argsort(-own))
                 if factor is not None:
-                    found[site.tensor] = factor
+                    found[site.tensor] = factor.on(self._shelf)
         return found
 
     def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
@@ -160,7 +167,7 @@ class Workshop:
                     progress=self.progress,
                 )
         with self.clock.time("rewrite"):
-            compiled = rewrite(source.model, plan)
+            compiled = rewrite(source.model, plan, self.stage.work)
         interchange = None
         if plan.sites:
             with self.clock.time("verify"):

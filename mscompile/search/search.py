@@ -316,7 +316,8 @@ class Search:
             error = fold_error(interchange.pair, candidate.plan, proof, workshop.batch)
         with workshop.clock.time("check"):
             outputs = source.weighted_outputs(options)
-            risks = site_risks(source.model, candidate.fitted, source.ranks, outputs, proof, workshop.batch)
+            opened = interchange.engine.dense
+            risks = site_risks(source.model, candidate.fitted, source.ranks, outputs, proof, workshop.batch, opened)
         main = workshop.measure(candidate, "certify")
         stress = [
             workshop.measure(candidate, "certify", law, swap)

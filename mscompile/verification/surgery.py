@@ -111,7 +111,6 @@ def replaced(model: Skeleton, interventions: Iterable[Do]) -> Skeleton:
         size = len(do.kept) + len(do.constants)
         away = np.setdiff1d(np.arange(size), do.kept)
         places = np.argsort(np.concatenate([do.kept, away]))
-        matrix = do.matrix if do.matrix is not None else np.zeros((len(do.constants), len(do.kept)), dtype=np.float32)
         prefix = f"mscompile.do:{patch.tensor}:"
 
         def step(name: str, op: str, inputs: list[gs.Tensor], prefix: str = prefix, **attrs: object) -> gs.Variable:
@@ -126,7 +125,11 @@ def replaced(model: Skeleton, interventions: Iterable[Do]) -> Skeleton:
         consumers = list(tensor.outputs)
         rows = step("rows", "Transpose", [tensor], perm=last)
         kept = step("kept", "Gather", [rows, constant("kept.index", do.kept)], axis=patch.rank - 1)
-        mapped = step("mapped", "MatMul", [kept, constant("matrix", matrix.T.astype(dtype))])
+        source, matrix = kept, do.matrix
+        if matrix is None:  # of one channel, and zero: for all that are retained it would be as large as the weights
+            source = step("first", "Gather", [kept, constant("zero", np.zeros(1, np.int64))], axis=patch.rank - 1)
+            matrix = np.zeros((len(do.constants), 1), dtype=np.float32)
+        mapped = step("mapped", "MatMul", [source, constant("matrix", matrix.T.astype(dtype))])
         shifted = step("shifted", "Add", [mapped, constant("constants", do.constants.astype(dtype))])
         joined = step("joined", "Concat", [kept, shifted], axis=patch.rank - 1)
         ordered = step("ordered", "Gather", [joined, constant("places", places)], axis=patch.rank - 1)
