@@ -10,8 +10,8 @@ import onnx_ir as ir
 import scipy.stats
 
 from mscompile.calibration.statistics import Array, Statistics
+from mscompile.intake import shelf
 from mscompile.intake.samples import Samples
-from mscompile.intake.shelf import LARGE
 from mscompile.network.scm import Site
 from mscompile.operators import IntArray
 from mscompile.pages.drawing import Series, scatter
@@ -64,7 +64,7 @@ def site_risks(
     if not planned:
         return {}
     skeleton = skeleton_of(model)
-    if opened is not None and skeleton.weight_bytes > LARGE and not any(site.windows for site in planned):
+    if opened is not None and skeleton.weight_bytes > shelf.LARGE and not any(site.windows for site in planned):
         return _risks_in_one(opened, planned, outputs, samples, batch_size)
     dense = Session(skeleton).run_all(samples.batches(batch_size), list(outputs))
     risks = {}
