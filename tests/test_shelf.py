@@ -133,6 +133,6 @@ def held(layers: int) -> tuple[int, int]:
 def test_memory_does_not_grow_with_the_number_of_sites(all_aside: list[int]):
     few, many = held(2), held(8)
     one = 8 * WIDTH**2  # a matrix of statistics; new weights are of a quarter of that
-    assert many[0] - few[0] < 2 * one
+    assert many[0] - few[0] < 4 * one  # there would be two of each of six more sites
     assert many[1] - few[1] < one
     assert sum(all_aside) > 10 * 2 * one
