@@ -10,13 +10,20 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage; those of a stage within another count for the inner one alone."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _inner: list[float] = field(default_factory=list, repr=False)
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
         """Add the time of the block to a stage."""
         start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            taken, inner = time.perf_counter() - start, self._inner.pop()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + taken - inner
+            if self._inner:
+                self._inner[-1] += taken
