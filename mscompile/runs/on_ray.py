@@ -9,7 +9,7 @@ from typing import Any
 
 from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.runs.worker import Desk
-from mscompile.runs.workers import Crew, LostError
+from mscompile.runs.workers import Content, Crew, LostError
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Variable that keeps Ray from listening to the network where it is 0, on any system."""
@@ -22,9 +22,9 @@ class Actor:
         self._ray = ray
         self._desk = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(Desk).remote(1)
 
-    def send(self, content: bytes) -> Future[bytes]:
+    def send(self, content: bytes) -> Future[Content]:
         """See `workers.Worker`."""
-        answer: Future[bytes] = Future()
+        answer: Future[Content] = Future()
 
         def pass_on(found: Future[bytes]) -> None:
             error = found.exception()

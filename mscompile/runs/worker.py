@@ -7,15 +7,20 @@ As a program it talks over its standard input and output, and ends with whoever 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import platform
 import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO
+
+import numpy as np
 
 from mscompile import errors
 from mscompile.errors import MscompileError, ResourceError, UnsupportedError
@@ -28,6 +33,8 @@ TASKS = {
     "interchanges": ("mscompile.verification.trials", "Interchanges"),
 }
 """By kind. What audits are made with is loaded apart from what compiles."""
+PIPE_BYTES = 1 << 20
+"""That a pipe holds."""
 MACHINE = ("processor",)
 """What versions say of the machine, which may differ: float32 sums then differ in their last bits."""
 
@@ -38,19 +45,23 @@ class Desk:
     def __init__(self, threads: int | None) -> None:
         self._threads = threads
         self._work: Callable[[Parcel], Parcel] | None = None
-        self._refusal: bytes | None = None
+        self._refusal: Parcel | None = None
 
     def answer(self, content: bytes) -> bytes:
         """The answer to a message: a task, to get ready for, or a shard."""
+        return self.reply(content).pack()
+
+    def reply(self, content: bytes | memoryview) -> Parcel:
+        """The same, before it is packed."""
         try:
             parcel = Parcel.unpack(content)
             if "kind" in parcel.header:
                 self._work = self._refusal = None
                 self._work = _opened(parcel, self._threads)
-                return Parcel({}, {}).pack()
+                return Parcel({}, {})
             if self._work is None:
                 return self._refusal or _failure(ValueError("a shard came before its task"))
-            return self._work(parcel).pack()
+            return self._work(parcel)
         except Exception as error:
             answer = _failure(error)
             if self._work is None:
@@ -73,18 +84,18 @@ def _opened(parcel: Parcel, threads: int | None) -> Callable[[Parcel], Parcel]:
     return lambda shard: work(shard, lambda _: None)
 
 
-def _failure(error: Exception) -> bytes:
+def _failure(error: Exception) -> Parcel:
     """An error as an answer."""
     if isinstance(error, MemoryError):
         hint = "use fewer workers, a smaller --batch-size, or machines with more memory"
         error = ResourceError("memory ran out", where="a worker", why=str(error) or "MemoryError", hint=hint)
     if isinstance(error, MscompileError):
         parts = {part: getattr(error, part) for part in ("what", "where", "why", "hint")}
-        return Parcel({"error": type(error).__name__, **parts}, {}).pack()
-    return Parcel({"bug": "".join(traceback.format_exception(error))}, {}).pack()
+        return Parcel({"error": type(error).__name__, **parts}, {})
+    return Parcel({"bug": "".join(traceback.format_exception(error))}, {})
 
 
-def found_in(content: bytes) -> Parcel:
+def found_in(content: bytes | memoryview) -> Parcel:
     """What an answer holds.
 
     Raises
@@ -101,14 +112,23 @@ def found_in(content: bytes) -> Parcel:
     return parcel
 
 
-def send(stream: IO[bytes], content: bytes) -> None:
+def send(stream: IO[bytes], parts: Sequence[bytes | memoryview]) -> None:
     """Write a message, behind its length."""
-    stream.write(len(content).to_bytes(8, "little"))
-    stream.write(content)
+    stream.write(sum(map(len, parts)).to_bytes(8, "little"))
+    for part in parts:
+        stream.write(part)
     stream.flush()
 
 
-def receive(stream: IO[bytes]) -> bytes:
+def widen(stream: IO[bytes]) -> None:
+    """Let a pipe take more at once, where the system can."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(stream.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+def receive(stream: io.BufferedReader) -> memoryview:
     """Read a message.
 
     Raises
@@ -117,18 +137,28 @@ def receive(stream: IO[bytes]) -> bytes:
         The other side is gone.
     """
     head = stream.read(8)
-    length = int.from_bytes(head, "little")
-    content = stream.read(length) if len(head) == 8 else b""
-    if len(head) < 8 or len(content) < length:
+    if len(head) < 8:
         raise EOFError
+    content = np.empty(int.from_bytes(head, "little"), np.uint8).data
+    done = 0
+    while done < len(content):
+        done += (count := stream.readinto(content[done:]))
+        if not count:
+            raise EOFError
     return content
 
 
 def main() -> None:
-    """Answer until the other side is gone; then end at once, whatever is being done."""
+    """Answer until the other side is gone; then end at once, whatever is being done.
+
+    The next message is read, and the last answer written, while one is answered.
+    """
     source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    assert isinstance(source, io.BufferedReader)
     os.dup2(2, 1)  # what libraries print is no answer
-    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    written = ThreadPoolExecutor(1)
+    last: Future[None] = written.submit(lambda: None)
 
     def listen() -> None:
         try:
@@ -140,7 +170,9 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     desk = Desk(int(sys.argv[1]))
     while True:
-        send(answers, desk.answer(messages.get()))
+        reply = desk.reply(messages.get())
+        last.result()  # of answers, one waits at most
+        last = written.submit(send, answers, reply.parts())
 
 
 if __name__ == "__main__":

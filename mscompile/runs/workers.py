@@ -7,21 +7,23 @@ are merged in their order, who did which does not show in the result.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mscompile.errors import ResourceError, UsageError
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import versions
-from mscompile.runs.worker import found_in, receive, send
+from mscompile.runs.worker import found_in, receive, send, widen
 
 if TYPE_CHECKING:
     from mscompile.runs.run import Task
@@ -32,12 +34,18 @@ SLOW = 3.0
 """Times the median time of a shard after which an idle worker does it, too."""
 LEAST_SECONDS = 1.0
 """Time below which no worker is slow."""
+DEPTH = 2
+"""Shards that a worker is given at a time while there are enough for all: it need not wait for the next one."""
 AHEAD = 8
 """Shards per worker that are begun beyond the first that is not done: what is found on them waits for its turn."""
 LOOK_SECONDS = 0.2
 """Between looks at who is slow."""
 LEFT_SECONDS = 30.0
 """After which a worker that is still at a shard of an earlier task is given up."""
+
+
+Content = bytes | memoryview
+"""Of a message."""
 
 
 class LostError(Exception):
@@ -51,7 +59,7 @@ class LostWorkersError(ResourceError):
 class Worker(Protocol):
     """Takes messages in turn, and answers each."""
 
-    def send(self, content: bytes) -> Future[bytes]:
+    def send(self, content: bytes) -> Future[Content]:
         """The answer to come; LostError in its place if the worker is gone."""
 
     def stop(self) -> None:
@@ -70,18 +78,21 @@ class Process:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # Ctrl-C is for us: workers end when we do
         )
-        self._turn = ThreadPoolExecutor(1)
-
-    def send(self, content: bytes) -> Future[bytes]:
-        """See `Worker`."""
-        return self._turn.submit(self._exchange, content)
-
-    def _exchange(self, content: bytes) -> bytes:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        assert isinstance(self._process.stdout, io.BufferedReader)
+        self._input, self._output = self._process.stdin, self._process.stdout
+        for stream in (self._input, self._output):
+            widen(stream)
+        self._there, self._back = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    def send(self, content: bytes) -> Future[Content]:
+        """See `Worker`."""
+        return self._back.submit(self._answer, self._there.submit(send, self._input, [content]))
+
+    def _answer(self, sent: Future[None]) -> memoryview:
         try:
-            send(self._process.stdin, content)
-            return receive(self._process.stdout)
+            sent.result()
+            return receive(self._output)
         except (OSError, EOFError, ValueError) as error:
             raise LostError(f"process {self._process.pid} ended with status {self._process.wait()}") from error
 
@@ -89,11 +100,20 @@ class Process:
         """See `Worker`."""
         self._process.kill()
         self._process.wait()
-        self._turn.shutdown(wait=True, cancel_futures=True)
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
+        for turn in (self._there, self._back):
+            turn.shutdown(wait=True, cancel_futures=True)
+        for stream in (self._input, self._output):
             with contextlib.suppress(OSError):  # what was not sent is lost
                 stream.close()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that a worker was given, and when."""
+
+    number: int
+    worker: Worker
+    since: float
 
 
 class Crew:
@@ -112,9 +132,8 @@ class Crew:
     def __init__(self, size: int, hire: Callable[[], Worker], close: Callable[[], object] = lambda: None) -> None:
         self.size, self._hire, self._close = size, hire, close
         self._idle: list[Worker] = []
-        self._busy: dict[Future[bytes], tuple[Worker, int, float]] = {}
-        self._left: dict[Future[bytes], tuple[Worker, int, float]] = {}
-        """Shards that nobody waits for any more."""
+        self._left: dict[Worker, tuple[list[Future[Content]], float]] = {}
+        """Workers at what nobody waits for any more, and since when."""
         self._knows: dict[Worker, Task] = {}
         self._message: tuple[Task, bytes] | None = None
 
@@ -140,38 +159,47 @@ class Crew:
             What a worker met, and any other would.
         """
         order = Handing(numbers)
-        ready, busy = list[Worker](), self._busy
+        team: list[Worker] = []
+        begun: dict[Future[Content], Shard] = {}
         try:
             while not order.finished:
-                ready += self._returned()
-                while len(ready) + len(busy) + len(self._left) < self.size:
-                    ready.append(self._idle.pop() if self._idle else self._hire())
-                while ready and (number := order.next(AHEAD * self.size)) is not None:
-                    worker = ready.pop()
+                team += self._returned()
+                while len(team) + len(self._left) < self.size:
+                    team.append(self._idle.pop() if self._idle else self._hire())
+                while (worker := _freest(team, begun)) is not None:
+                    number = order.next(AHEAD * self.size, self.size if _load(worker, begun) else 0)
+                    if number is None:
+                        break
                     if self._knows.get(worker) is not task:
                         worker.send(self._packed(task))
                         self._knows[worker] = task
-                    busy[worker.send(cut(number).pack())] = worker, number, time.monotonic()
-                for future in wait([*busy, *self._left], LOOK_SECONDS, FIRST_COMPLETED).done & busy.keys():
-                    worker, number, since = busy.pop(future)
+                    begun[worker.send(cut(number).pack())] = Shard(number, worker, time.monotonic())
+                left = [future for futures, _ in self._left.values() for future in futures]
+                for future in wait([*begun, *left], LOOK_SECONDS, FIRST_COMPLETED).done & begun.keys():
+                    if (shard := begun.pop(future, None)) is None:
+                        continue  # gone with its worker
                     try:
                         content = future.result()
                     except LostError as error:
-                        self._dismiss(worker)
-                        order.lost(number, error)
+                        order.lost(shard.number, error)
+                        self._dismiss(shard.worker)
+                        team.remove(shard.worker)
+                        for queued in [f for f, other in begun.items() if other.worker is shard.worker]:
+                            order.lost(begun.pop(queued).number)
                         continue
-                    ready.append(worker)
-                    if order.take(number, time.monotonic() - since):
+                    if order.take(shard.number, time.monotonic() - shard.since):
                         found = found_in(content)
-                        done(number)
-                        yield number, found
+                        done(shard.number)
+                        yield shard.number, found
         except GeneratorExit:
-            self._left.update(busy)
-            busy.clear()
+            for future, shard in begun.items():
+                self._left.setdefault(shard.worker, ([], time.monotonic()))[0].append(future)
             raise
         finally:
-            self._idle += ready
-            self._stop(busy)
+            busy = {shard.worker for shard in begun.values()}
+            self._idle += [worker for worker in team if worker not in busy]
+            for worker in busy - self._left.keys():
+                self._dismiss(worker)
 
     def _packed(self, task: Task) -> bytes:
         """A task as a message."""
@@ -182,10 +210,11 @@ class Crew:
 
     def _returned(self) -> Iterator[Worker]:
         """Those who have done what nobody waits for any more; who takes too long is given up."""
-        for future, (worker, _, since) in list(self._left.items()):
-            if future.done() or time.monotonic() - since > LEFT_SECONDS:
-                del self._left[future]
-                if future.done() and future.exception() is None:
+        for worker, (futures, since) in list(self._left.items()):
+            over = all(future.done() for future in futures)
+            if over or time.monotonic() - since > LEFT_SECONDS:
+                del self._left[worker]
+                if over and not any(future.exception() for future in futures):
                     yield worker
                 else:
                     self._dismiss(worker)
@@ -194,19 +223,23 @@ class Crew:
         self._knows.pop(worker, None)
         worker.stop()
 
-    def _stop(self, busy: dict[Future[bytes], tuple[Worker, int, float]]) -> None:
-        for worker, _, _ in busy.values():
-            self._dismiss(worker)
-        busy.clear()
-
     def close(self) -> None:
         """Let all workers go."""
-        for busy in (self._busy, self._left):
-            self._stop(busy)
-        for worker in self._idle:
+        for worker in (*self._idle, *self._left):
             self._dismiss(worker)
         self._idle.clear()
+        self._left.clear()
         self._close()
+
+
+def _load(worker: Worker, begun: Mapping[Future[Content], Shard]) -> int:
+    return sum(shard.worker is worker for shard in begun.values())
+
+
+def _freest(team: Sequence[Worker], begun: Mapping[Future[Content], Shard]) -> Worker | None:
+    """A worker that has nothing to do or, if there is none, little."""
+    worker = min(team, key=lambda worker: _load(worker, begun), default=None)
+    return None if worker is None or _load(worker, begun) >= DEPTH else worker
 
 
 class Handing:
@@ -225,12 +258,15 @@ class Handing:
         """Whether all shards are done."""
         return not self._open
 
-    def next(self, ahead: int) -> int | None:
-        """A shard to do now, not further ahead of the first open one than that; None to wait."""
+    def next(self, ahead: int, spare: int = 0) -> int | None:
+        """A shard to do now, not further ahead of the first open one than that; None to wait.
+
+        Where some are to be to spare, for others, it is one of more, and none that another is late with.
+        """
         number = None
-        if self._waiting and self._waiting[0] < self._open[min(ahead, len(self._open)) - 1] + 1:
+        if len(self._waiting) > spare and self._waiting[0] < self._open[min(ahead, len(self._open)) - 1] + 1:
             number = self._waiting.popleft()
-        elif self._seconds:
+        elif self._seconds and not spare:
             patience = max(SLOW * statistics.median(self._seconds), LEAST_SECONDS)
             late = [i for i, since in self._begun.items() if self._doing[i] == 1 and time.monotonic() - since > patience]
             number = min(late, default=None)
@@ -249,12 +285,15 @@ class Handing:
         self._seconds.append(seconds)
         return True
 
-    def lost(self, number: int, error: LostError) -> None:
-        """A worker is gone with a shard: it waits again, unless another is at it or has done it."""
+    def lost(self, number: int, error: LostError | None = None) -> None:
+        """A worker is gone with a shard: it waits again, unless another is at it or has done it.
+
+        Without an error the shard was not yet begun, and has nothing to do with it.
+        """
         self._doing[number] -= 1
         if number not in self._begun:
             return
-        self._lost[number] += 1
+        self._lost[number] += error is not None
         if self._lost[number] > RETRIES:
             raise LostWorkersError(
                 "workers are lost over and over",
