@@ -380,10 +380,10 @@ def _inspection_lines(inspection: Inspection, width: int) -> Iterator[str]:
         yield from table(("site", "axis", "channels", ""), rows, width, text=True)
     else:
         yield "no site: no operator contracts a channel axis with a weight"
-    left = [entry for entry in inspection.coverage if entry.status == "left alone"]
+    left = [(entry, entry.reason) for entry in inspection.coverage if entry.reason is not None]
     if left:
         yield ""
-        weights = [(plain(w.tensor), "×".join(map(str, w.shape)), plain(w.reason or "", 400)) for w in left]
+        weights = [(plain(w.tensor), "×".join(map(str, w.shape)), plain(reason, 400)) for w, reason in left]
         yield from table(("weight left alone", "shape", "why"), weights, width, text=True)
     yield ""
     yield from sentence(f"{inspection.reachable:.1%} of the weight elements can be cut on at least one axis", width)

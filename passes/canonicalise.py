@@ -1,9 +1,9 @@
 """Canonical form: what exporters write in many ways is brought into one, without changing a single output bit.
 
 Functions are inlined; weights in Constant nodes become initializers; Identity nodes vanish; what is computed from parameters
-or from declared shapes alone is computed at once; packed projections are parted before their heads are split; Splits state
-their sizes; unused nodes and initializers are dropped; nodes are sorted. The one exception: projections inside onnxruntime's
-own Attention are written out, which rounds otherwise (see `mscompile.passes.attention`).
+or from declared shapes alone is computed at once; before heads are split, packed projections are parted and biases of heads
+added; Splits state their sizes; unused nodes and initializers are dropped; nodes are sorted. The one exception: projections
+inside onnxruntime's own Attention are written out, which rounds otherwise (see `mscompile.passes.attention`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mscompile.network.scm import captured, infer_shapes
 from mscompile.operators import Shape, is_parameter
 from mscompile.passes.attention import SpellOutAttention, StateScales
 from mscompile.passes.budget import affordable, evaluate
+from mscompile.passes.heads import ApplyBeforeHeads
 from mscompile.passes.movement import ShortenMovement
 from mscompile.passes.readers import add_parameter, array_of, name_outputs
 from mscompile.passes.shapes import FoldShapes
@@ -282,6 +283,7 @@ CANONICALISE = ir.passes.Sequential(
     StateScales(),
     ShortenMovement(),
     PartBeforeHeads(),
+    ApplyBeforeHeads(),
     ShortenMovement(),
     common.RemoveUnusedNodesPass(),
 )

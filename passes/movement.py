@@ -45,7 +45,7 @@ class ShortenMovement(ir.passes.InPlacePass):
         shapes, modified = infer_shapes(model), False
         for node in nodes:
             if node.graph is not None and not _goes_on(node.outputs[0]):
-                modified |= _shorten(model.graph, _chain(node), shapes)
+                modified |= _shorten(model.graph, chain_to(node), shapes)
         return ir.passes.PassResult(model, modified)
 
 
@@ -55,7 +55,8 @@ def _goes_on(value: ir.Value) -> bool:
     return len(uses) == 1 and not value.is_graph_output() and uses[0].node.op_type in MOVING and uses[0].idx == 0
 
 
-def _chain(end: ir.Node) -> list[ir.Node]:
+def chain_to(end: ir.Node) -> list[ir.Node]:
+    """The movement that leads to a node, each of which does all that happens to what the one before it gives."""
     chain = [end]
     while (source := chain[0].inputs[0]) is not None and (node := source.producer()) is not None:
         if node.op_type not in MOVING or node.domain not in ("", "ai.onnx") or not _goes_on(source):
@@ -70,12 +71,9 @@ def _shorten(graph: ir.Graph, chain: Sequence[ir.Node], shapes: Mapping[str, Sha
     if source is None or start is None or len(chain) < 3:
         return False
     axes = [Factor(dim) for dim in start]
-    layout = [[axis] for axis in axes]
-    for node in chain:
-        moved = _moved(node, layout, shapes)
-        if moved is None:
-            return False
-        layout = moved
+    layout = layout_behind(chain, axes, shapes)
+    if layout is None:
+        return False
     leaves = [leaf for axis in axes for leaf in axis.leaves()]
     wanted = [leaf for axis in layout for factor in axis for leaf in factor.leaves()]
     # Factors of size 1 come and go, and stand nowhere.
@@ -108,6 +106,19 @@ def _shorten(graph: ir.Graph, chain: Sequence[ir.Node], shapes: Mapping[str, Sha
     for node in reversed(chain):
         graph.remove(node, safe=True)
     return True
+
+
+def layout_behind(
+    chain: Sequence[ir.Node], axes: Sequence[Factor], shapes: Mapping[str, Shape]
+) -> list[list[Factor]] | None:
+    """The factors that each axis behind a chain consists of, from those before it; None where they cannot be followed."""
+    layout = [[axis] for axis in axes]
+    for node in chain:
+        moved = _moved(node, layout, shapes)
+        if moved is None:
+            return None
+        layout = moved
+    return layout
 
 
 def _product(factors: Sequence[Factor]) -> Dim:

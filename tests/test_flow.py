@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from attentions import ATTENTIONS
 from golden import KINDS, canonical, inputs, model, plan_for, run
 from graphs import GRAPHS
 from onnx import helper, numpy_helper
@@ -278,3 +279,37 @@ def test_a_compiled_architecture_is_the_dense_one_under_the_plan(case: str, kind
     before = ir.to_proto(compiled.model).SerializeToString(deterministic=True)
     RemoveDeadUnits()(compiled.model)
     assert ir.to_proto(compiled.model).SerializeToString(deterministic=True) == before, "something dead was left"
+
+
+STAYING = {
+    "attention whose heads are summed",
+    "attention whose scores are a model output",
+    "attention whose queries are read elsewhere",
+    "attention whose heads are gated by what is read elsewhere",
+    "attention in which all heads share a key",
+}
+
+
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_a_head_that_nothing_reads_goes_with_all_that_makes_it(case: str):
+    dense = model(ATTENTIONS[case][0], opset=21)
+    scm = read_scm(dense)
+    read = {unit for site in scm.sites if site.readers for unit in site.units.tolist()}
+    heads = {head: units for head, units in scm.heads().items() if units & read}
+    if case in STAYING:
+        assert not heads
+        return
+    head, units = heads.popitem()
+    assert heads, "one head stays"
+    going = np.array([head, *units])
+    silence(dense, scm, going)
+    feed = inputs(dense, samples=5)
+    before = run(dense, feed)
+    wide = {(slot.node, slot.operand): slot.node.inputs[slot.operand].const_value.size for slot in scm.slots}
+    gone = {(slot.node, slot.operand) for slot in scm.slots if slot.units.ndim == 1 and np.isin(slot.units, going).any()}
+    RemoveDeadUnits()(dense)
+    onnx.checker.check_model(ir.to_proto(dense), full_check=True)
+    for node, operand in gone:
+        assert node.inputs[operand].const_value.size < wide[node, operand]
+    for name, array in run(dense, feed).items():
+        np.testing.assert_allclose(array, before[name], **ROUNDING)

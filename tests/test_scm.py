@@ -270,7 +270,8 @@ def left_alone(source: ir.Model) -> list[str]:
     scm = read_scm(source)
     outputs = {str(Refusal(value.name, "", "is a model output")) for value in source.graph.outputs}
     told = outputs | {str(site.refusal) for site in scm.sites}
-    return [f"- {reason}" for reason in dict.fromkeys(map(str, scm.frozen.values())) if reason not in told]
+    stay = [f"- {reason}" for reason in dict.fromkeys(map(str, scm.frozen.values())) if reason not in told]
+    return stay + [f"whole rows: {reason}" for reason in dict.fromkeys(map(str, scm.undivided.values()))]
 
 
 @pytest.mark.parametrize("case", READ)

@@ -6,7 +6,7 @@ pair of axes where an axis was split (heads). What a signature does not speak of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -131,12 +131,45 @@ class Walk:
     """[rows, units in a row] each: rows without heads that must stay, and why."""
     row_slots: list[Slot] = field(default_factory=list)
     """Parameter axes that run in step with rows: units [rows, units in a row]."""
+    refused: dict[ir.Node, Refusal] = field(default_factory=dict)
+    """Meetings whose units cannot go one by one, and why; those found in an earlier walk among them."""
+    whole: Mapping[ir.Value, Refusal] = field(default_factory=dict)
+    """Values whose axes are split into rows that stay or go as one, and why."""
+    undivided: list[tuple[IntArray, Refusal]] = field(default_factory=list)
+    """[rows] each: the units of such rows."""
+    splits: list[tuple[ir.Value, IntArray]] = field(default_factory=list)
+    """Values where an axis was split into rows, and the units [rows, units in a row] there."""
+    joined: list[tuple[ir.Value, IntArray]] = field(default_factory=list)
+    """Values whose units met heads, and these units."""
+    apart: Set[ir.Value] = frozenset()
+    """Values whose units are tied to all that the heads they meet hold."""
+    divided: dict[ir.Value, Refusal] = field(default_factory=dict)
+    """Values whose rows would have to be whole, since single units of theirs cannot go: another walk says what can."""
     signatures: dict[ir.Node, Signature | str] = field(default_factory=dict)
 
     def freeze(self, units: IntArray, refusal: Refusal) -> None:
         """Units that must stay; the first reason is kept."""
         for unit in units.ravel().tolist():
             self.frozen.setdefault(unit, refusal)
+
+    def refuse_meeting(self, meeting: Meeting, refusal: Refusal) -> None:
+        """What is contracted must stay; or go with all others of its rows, where that is what axes were split into alone."""
+        self.refused[meeting.node] = refusal
+        met = [{value: rows for value, rows in self.splits if np.isin(rows, units).any()} for units in meeting.units]
+        read = any(np.isin(read.units, rows).any() for read in self.reads for found in met for rows in found.values())
+        for units, found in zip(meeting.units, met, strict=True):
+            if not read and found and np.isin(units, np.concatenate([rows.ravel() for rows in found.values()])).all():
+                self.divided |= dict.fromkeys(found, refusal)
+            else:
+                self.freeze(units, refusal)
+
+    def read_apart(self) -> set[ir.Value]:
+        """Values whose units became those of heads though a weight reads them as well, and so cannot go with heads alone."""
+        if not self.joined or not self.reads:
+            return set()
+        root = self.sets.roots()
+        read = root[np.concatenate([found.units for found in self.reads])]
+        return {value for value, units in self.joined if np.isin(root[units], read).any()}
 
     def freeze_value(self, value: ir.Value, refusal: Refusal) -> None:
         """All units and heads of a tensor must stay."""
@@ -208,22 +241,43 @@ class _Step:
 
     def label(self, target: int, value: ir.Value) -> None:
         """Label an output by what its operands say of it."""
-        labels = self._gather(target, self.labels)
-        if labels:
-            self.walk.labels[value] = labels
-            self._follow(target, labels)
-        heads = {axes: units for axes, units in self._gather(target, self.heads).items() if axes not in labels}
-        for axes, units in labels.items():
-            if len(axes) == 2 and self.found.regroups and axes[:1] not in heads:
-                heads[axes[:1]] = self.walk.sets.fresh(len(units))
+        said, of_heads = self._said(target, self.labels), self._said(target, self.heads)
+        join = [c for c in said if self._joins_heads(c, said, of_heads)]
+        self.walk.joined += [(self.node.inputs[c.operand], c.units) for c in join]  # type: ignore[misc]
+        labels = self._together(target, [c for c in said if c not in join])
+        heads = self._together(target, [*of_heads, *join])
+        for pair in [axes for axes in labels if len(axes) == 2 and self.found.regroups]:
+            if pair[:1] not in heads:
+                heads[pair[:1]] = self.walk.sets.fresh(len(labels[pair]))
+            if value in self.walk.whole:
+                labels[pair[:1]] = self._as_one(labels.pop(pair), heads[pair[:1]])
+                self.walk.undivided.append((labels[pair[:1]], self.walk.whole[value]))
+        heads = {axes: units for axes, units in heads.items() if axes not in labels}
         for axes, units in labels.items():
             if len(axes) > 1:
                 rows = units.reshape(-1, units.shape[-1])
                 none = np.full(len(rows), -1, dtype=np.int64)
                 self.walk.blocks.append(Block(rows, heads.get(axes[:1], none) if len(axes) == 2 else none))
-        if heads:
-            self.walk.heads[value] = heads
-            self._follow(target, heads)
+                if len(axes) == 2 and self.found.regroups:
+                    self.walk.splits.append((value, units))
+        for found, everywhere in ((labels, self.walk.labels), (heads, self.walk.heads)):
+            if found:
+                everywhere[value] = found
+                self._follow(target, found)
+
+    def _as_one(self, rows: IntArray, heads: IntArray | None) -> IntArray:
+        """Merge all units of each row, and its head with them."""
+        units = self.walk.sets.unite_along(rows, 1)
+        if heads is not None:
+            self.walk.sets.unite(heads, units)
+        return units
+
+    def _joins_heads(self, one: Contribution, said: Sequence[Contribution], of_heads: Sequence[Contribution]) -> bool:
+        """Whether units on one axis meet an operand that has heads there and no units: they are as much these heads'."""
+        if self.node.inputs[one.operand] in self.walk.apart:
+            return False
+        alone = {c.operand for c in said if c.axes == one.axes}
+        return len(one.axes) == 1 and one.at is None and any(c.axes == one.axes and c.operand not in alone for c in of_heads)
 
     def stop_heads(self) -> None:
         """Heads that are summed over stay, but where the sum is over their units as well."""
@@ -233,14 +287,18 @@ class _Step:
                 if link and not any(o < 0 for o, _ in link) and not any(axis in axes for axes in self.labels(operand)):
                     self.refuse(heads, "sums over heads")
 
-    def _gather(self, target: int, labels: Callable[[int], dict[Axes, IntArray]]) -> dict[Axes, IntArray]:
-        """What the operands say of an output, put together."""
+    def _said(self, target: int, labels: Callable[[int], dict[Axes, IntArray]]) -> list[Contribution]:
+        """What the operands say of an output."""
         said: list[Contribution] = []
         for operand in self.view.live:
             for axes, units in labels(operand).items():
                 carried = self._carry(operand, axes, units, target)
                 if carried is not None:
                     said.append(carried)
+        return said
+
+    def _together(self, target: int, said: list[Contribution]) -> dict[Axes, IntArray]:
+        """What is said of the same axes put together."""
         found: dict[Axes, IntArray] = {}
         while said:
             group = [said.pop(0)]
@@ -289,7 +347,11 @@ class _Step:
                 return None
             else:
                 found.append(None)
-                if len(axes) > 1:
+                if len(axes) == 2 and place == 1 and not blocks:
+                    whole = self._as_one(units, self.heads(operand).get(axes[:1]))
+                    self.walk.undivided.append((whole, Refusal(label(self.node), self.node.op_type, self.found.mixes)))
+                    units = whole[:, None]
+                elif len(axes) > 1:
                     units = np.expand_dims(sets.unite_along(units, place), place)
         gone = tuple(place for place, axis in enumerate(found) if axis is None)
         if len(gone) == len(found):
@@ -359,7 +421,8 @@ class _Step:
                 for units in everything:
                     self.refuse(units, reason)
                 return None
-            if not all((a,) in self.heads(o) for o, a in self.links[target, axis] if o in live):  # these say whether rows go
+            # Heads say whether rows go, and so do units that joined these.
+            if not all({(a,)} & {*self.heads(o), *self.labels(o)} for o, a in self.links[target, axis] if o in live):
                 self.keep_rows([(c.units, c.axes.index(axis)) for c in group if axis in c.axes], reason)
         if not fits or any(len(sizes) > 1 for sizes in sized.values()):
             for units in everything:
@@ -444,8 +507,9 @@ class _Step:
                         reason = f"has a weight of type {weight.const_value.dtype.name}"
                     elif self.node.inputs.count(self.node.inputs[live[0][0]]) > 1:
                         reason = "reads them twice"
+                refusal = self.walk.refused.get(self.node, Refusal(label(self.node), self.node.op_type, reason))
                 for *_, units in said:
-                    self.refuse(units, reason)
+                    self.walk.freeze(units, refusal)
 
     def _read(self, live: list[Port], fixed: list[Port], said: list[tuple[int, int, Axes, IntArray]]) -> bool:
         linear = self.found.linear

@@ -50,6 +50,9 @@ def inspect_scm(scm: Scm, cut: frozenset[str] = frozenset()) -> Inspection:
     for site in scm.sites:
         found = "cut" if site.tensor in cut else "left alone" if left_alone[site.tensor] is not None else "whole"
         status.update(dict.fromkeys(site.units.tolist(), found))
+    for head, units in scm.heads().items():
+        if any(status.get(unit, "left alone") != "left alone" for unit in units):
+            status.setdefault(head, "whole")
     return Inspection(scm, left_alone, tuple(_coverage(scm, status, left_alone)))
 
 
@@ -74,7 +77,8 @@ def _coverage(scm: Scm, status: Mapping[int, str], left_alone: Mapping[str, str 
             units = slots.get((node, operand), [])
             states = {status.get(unit, "left alone") for unit in units}
             best = next((s for s in ("cut", "whole") if s in states), "left alone")
-            reason = None
+            tied = [f"goes in whole heads or groups alone: {scm.undivided[u]}" for u in units if u in scm.undivided]
+            reason = tied[0] if tied else None
             if best == "left alone":
                 blind = _blind(scm, node, operand) if node not in reading else None
                 reasons = [blind] if blind else []

@@ -9,7 +9,7 @@ with a weight read, and its *readers* are those operators. The reading is one fo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -59,6 +59,8 @@ class Scm:
         Axis signature, or reason for a barrier, of each node.
     frozen
         Units that must stay, with the reason.
+    undivided
+        Units that are whole rows, as heads whose queries and keys are rotated, with the reason why no part of them can go.
     """
 
     model: ir.Model
@@ -70,6 +72,7 @@ class Scm:
     blocks: tuple[Block, ...]
     signatures: Mapping[ir.Node, Signature | str]
     frozen: Mapping[int, Refusal]
+    undivided: Mapping[int, Refusal] = field(default_factory=dict)
 
     def site(self, tensor: str) -> Site:
         """Site of that tensor name; KeyError if there is none."""
@@ -89,10 +92,11 @@ class Scm:
         """
         if axes is None:
             axes = [units for labels in self.labels.values() for units in labels.values()]
-        every = {unit for block in self.blocks for unit in block.units.ravel().tolist()}
+        all_heads = {head for block in self.blocks for head in block.heads.tolist()}
+        every = {unit for block in self.blocks for unit in block.units.ravel().tolist()} | all_heads
         dead = {*dead}
         while True:
-            gone = {*dead}
+            gone = dead - all_heads  # these go with all that they hold
             if dead & every:
                 heads = self._heads_gone(dead)
                 gone = gone.union(*heads.values())
@@ -105,13 +109,17 @@ class Scm:
 
     def _heads_gone(self, dead: Set[int]) -> dict[int, set[int]]:
         """Heads that go with `dead` units, and all units they hold: nothing is read of them, and nothing else needs them."""
+        read = {unit for site in self.sites if site.readers for unit in site.units.tolist()}
+        return {h: u for h, u in self.heads().items() if u & read and u & read <= dead}
+
+    def heads(self) -> dict[int, set[int]]:
+        """Heads that may go, and all units they hold, themselves among them where they are units."""
         rows: dict[int, set[int]] = {}
         for block in self.blocks:
             for head, units in zip(block.heads.tolist(), block.units.tolist(), strict=True):
-                if head >= 0 and head not in self.frozen:
-                    rows.setdefault(head, set()).update(units)
-        read = {unit for site in self.sites if site.readers for unit in site.units.tolist()}
-        return {h: u for h, u in rows.items() if u & read and u & read <= dead and not u & self.frozen.keys()}
+                if head >= 0:
+                    rows.setdefault(head, {head}).update(units)
+        return {head: units for head, units in rows.items() if not units & self.frozen.keys()}
 
     def creators_of(self, units: IntArray) -> tuple[Creator, ...]:
         """Creators that share a unit with `units`."""
@@ -197,12 +205,22 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 def read_scm(model: ir.Model) -> Scm:
     """Read a canonical model (nodes sorted, weights in initializers) as a structural causal model."""
     shapes = infer_shapes(model)
-    walk = Walk(shapes, model.graph.opset_imports.get("", 1))
-    for node in model.graph:
-        walk.visit(node)
-    for value in model.graph.outputs:
-        walk.freeze_value(value, Refusal(value.name or "?", "", "is a model output"))
-    sites = sites_of(walk)  # may freeze what nothing can be folded into
+    whole: dict[ir.Value, Refusal] = {}
+    refused: dict[ir.Node, Refusal] = {}
+    apart: set[ir.Value] = set()
+    while True:  # until it is known of which rows no part can go, and what goes with heads
+        walk = Walk(shapes, model.graph.opset_imports.get("", 1), whole=whole, refused=refused, apart=apart)
+        for node in model.graph:
+            walk.visit(node)
+        for value in model.graph.outputs:
+            walk.freeze_value(value, Refusal(value.name or "?", "", "is a model output"))
+        sites = sites_of(walk)  # may freeze what nothing can be folded into
+        read = walk.read_apart()
+        if not walk.divided and not read:
+            break
+        whole |= walk.divided
+        apart |= read
+        refused = walk.refused
     root = walk.sets.roots()
     frozen: dict[int, Refusal] = {}
     for unit, refusal in walk.frozen.items():
@@ -217,6 +235,8 @@ def read_scm(model: ir.Model) -> Scm:
     for block in walk.blocks:
         rooted = Block(root[block.units], np.where(block.heads < 0, -1, root[block.heads]), block.multiple)
         blocks[rooted.units.tobytes() + rooted.heads.tobytes(), rooted.multiple] = rooted
+    staying = _sharing([*blocks.values()])
+    blocks = {key: replace(b, heads=np.where(np.isin(b.heads, staying), -1, b.heads)) for key, b in blocks.items()}
     slots = tuple(_rooted(slot, root) for slot in walk.slots)
     slots += tuple(
         Slot(slot.node, slot.operand, slot.axis, alone)
@@ -237,6 +257,7 @@ def read_scm(model: ir.Model) -> Scm:
         tuple(block for block in blocks.values() if _binds(block)),
         walk.signatures,
         frozen,
+        {int(unit): refusal for units, refusal in reversed(walk.undivided) for unit in root[units]},
     )
 
 
@@ -244,6 +265,16 @@ def _alone(rows: IntArray) -> IntArray:
     """Units that fill a whole row, in order."""
     one: IntArray = rows[(rows == rows[:, :1]).all(axis=1), 0]
     return one
+
+
+def _sharing(blocks: Sequence[Block]) -> list[int]:
+    """Heads some unit of which is another head's as well, as of keys that all heads share: none of them can go alone."""
+    holders: dict[int, set[int]] = {}
+    for block in blocks:
+        for head, units in zip(block.heads.tolist(), block.units.tolist(), strict=True):
+            for unit in units:
+                holders.setdefault(unit, set()).add(head)
+    return sorted({head for heads in holders.values() if len(heads - {-1}) > 1 for head in heads} - {-1})
 
 
 def _binds(block: Block) -> bool:

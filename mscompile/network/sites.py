@@ -362,8 +362,7 @@ class _Trace:
             row_of = {u: i // meeting.row for i, u in reversed([*enumerate(keys.tolist())])}
             rows = np.array([row_of[int(u)] for u in units], dtype=np.int64)
             return _Found(tensor, axis, units, None, Pairing(meeting.node, entry, tuple(slots), index, heads), rows)
-        for units in meeting.units:
-            self.walk.freeze(units, Refusal(label(meeting.node), meeting.node.op_type, reason))
+        self.walk.refuse_meeting(meeting, Refusal(label(meeting.node), meeting.node.op_type, reason))
         return None
 
     def _levelled(self, value: ir.Value, axis: int) -> bool:
