@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from small_models import mlp, samples
-from test_calibration import GRAPHS, SHAPES
+from test_calibration import FLOAT32, GRAPHS, SHAPES, opened
 
 from mscompile import Options, compile_model
+from mscompile.calibration import recording
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.instrument import Measure
+from mscompile.calibration.recording import cut, recordable
+from mscompile.calibration.survey import survey
 from mscompile.errors import ResourceError
 from mscompile.intake import data, shelf
 from mscompile.network.dense import open_dense
@@ -122,8 +126,10 @@ def held(layers: int) -> tuple[int, int]:
     plan = make_plan(
         model.scm, found, scores, model.groups, orders, counts, model_sha256="", replacement="constant", swap=0.0
     )
+    gc.collect()
     before = tracemalloc.get_traced_memory()[0]
     compiled = rewrite(model.model, plan)
+    gc.collect()
     left = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert len(compiled.alignment) == layers
@@ -136,3 +142,51 @@ def test_memory_does_not_grow_with_the_number_of_sites(all_aside: list[int]):
     assert many[0] - few[0] < 4 * one  # there would be two of each of six more sites
     assert many[1] - few[1] < one
     assert sum(all_aside) > 10 * 2 * one
+
+
+def test_sites_are_recorded_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    model = open_dense(mlp((SMALL, *[8] * 5, SMALL)))
+    inputs = data.read({"x": samples(40)}, model.specs)
+    measure = Measure(covariance=True, outputs={model.output: 1.0}, curvature="identity", probes=2, second=True)
+    first = survey(model.scm, model.sites, next(inputs.batches(16)), 16, [model.output])
+    sizes = recordable(model.scm, model.sites, inputs, first, measure)
+    each = 4 * (1 + 2) * 8  # activations, and gradients for two seeds
+    assert sizes == {site.tensor: each for site in model.sites}
+    groups = [[site] for site in model.sites]
+    assert cut(groups, sizes, 40, 16) == [[0, 1, 2, 3, 4]]
+    monkeypatch.setattr(recording, "MOST", 2 * 40 * each)
+    assert cut(groups, sizes, 40, 16) == [[0, 1], [2, 3], [4]]
+    monkeypatch.setattr(recording, "MOST_PER_BATCH", 3 * 16 * each)
+    monkeypatch.setattr(recording, "MOST", 1 << 30)
+    assert cut(groups, sizes, 40, 16) == [[0, 1, 2], [3, 4]]
+    assert cut(groups, {**sizes, "h1": 1 << 30}, 40, 16) == [[0], [2, 3, 4]]
+    assert cut(groups, {tensor: size for tensor, size in sizes.items() if tensor != "h2"}, 40, 16) == [[0, 1], [3, 4]]
+
+
+@pytest.mark.parametrize("most", [1 << 30, 700])
+@pytest.mark.parametrize("options", [{"windows": True, "shared": True}, {"gradient": True, "curvature": "fisher"}])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_recorded_sites_give_the_same_sums(name: str, options: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch):
+    scm, inputs = opened(name)
+    measure = Measure(**{"outputs": {"y": 1.0}, "curvature": "identity", "probes": 3, "second": True, **options})
+    whole = calibrate(scm, scm.sites, inputs, batch_size=16, measure=measure)
+    runs: list[int] = []
+    made = recording.there_and_back
+    monkeypatch.setattr(recording, "there_and_back", lambda *given: (runs.append(1), made(*given))[1])
+    monkeypatch.setattr(recording, "MOST_PER_BATCH", most * 16)
+    apart = calibrate(scm, scm.sites, inputs, batch_size=16, measure=measure, memory=1000)
+    assert len(runs) == 1 or most == 700  # as much as there is room for, or none of it
+    for tensor in whole.moments:
+        for quantity in ("count", "mean", "squares", "scatter", "shared", "low", "high"):
+            assert_near(getattr(apart.moments[tensor], quantity), getattr(whole.moments[tensor], quantity))
+        for quantity in ("samples", "s11", "s12", "s22", "g1", "g2", "second"):
+            assert_near(getattr(apart.curvature[tensor], quantity), getattr(whole.curvature[tensor], quantity))
+    for reader, window in whole.windows.items():
+        assert_near(apart.windows[reader].products, window.products)
+
+
+def assert_near(found: Any, wanted: Any) -> None:
+    if wanted is None:
+        assert found is None
+    else:
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=FLOAT32 * max(float(np.abs(wanted).max()), 1e-30))

@@ -15,15 +15,17 @@ import numpy as np
 import onnxruntime as ort
 
 from mscompile.calibration.instrument import Instrument, Measure
+from mscompile.calibration.recording import Recording, cut, recordable
 from mscompile.calibration.statistics import Array, Curvature, Moments, Statistics, WindowMoments
 from mscompile.calibration.summation import Shards, Summation
-from mscompile.calibration.survey import survey
+from mscompile.calibration.survey import Survey, survey
 from mscompile.calibration.tally import name_of, quantity_of
 from mscompile.calibration.totals import total
 from mscompile.calibration.windows import window_name, window_of
 from mscompile.errors import ResourceError, UsageError
 from mscompile.files import weight_bytes
 from mscompile.intake.samples import Samples
+from mscompile.intake.shelf import Shelf
 from mscompile.network.scm import Scm, Site
 from mscompile.runs.limits import gigabytes
 from mscompile.runs.run import ALONE, Run
@@ -31,6 +33,8 @@ from mscompile.runtime import Progress, no_progress
 
 GROUP_BYTES = 1 << 30
 """Bytes of channel-by-channel sums in the making; sites beyond it wait for another pass over the data."""
+RECORDED_BYTES = 1 << 28
+"""The same where sites are recorded."""
 BYTES = 24
 """Per entry: in float32 before and after a batch, in float64 on the way and in total."""
 MOST_PASSES = 16
@@ -53,8 +57,9 @@ def calibrate(
     """Collect the statistics of `sites` over `samples`.
 
     One pass over the data, or as many as it takes for sums in the making to hold at most `memory` bytes; a site whose own
-    are larger is summed in blocks of channels, a pass for each. Memory does not grow with the number of samples; what is
-    found of a site of C channels with covariance takes C² float64.
+    are larger is summed in blocks of channels, a pass for each. The network is run for each of them, or once for many where
+    what they sum is recorded (`calibration.recording`). Memory grows neither with the number of samples nor, where they are
+    large, of sites; what is found of a site of C channels with covariance takes C² float64.
 
     Raises
     ------
@@ -73,9 +78,17 @@ def calibrate(
         measure=vars(measure),
         memory=memory,
     )
-    shards = Shards(samples, batch_size)
     shelf = run.work.shelf(_found(sites, measure, opset))
-    for number, (group, blocks) in enumerate(_groups(sites, measure, opset, memory)):
+    outputs = measure.outputs if measure.curvature != "none" else {}
+    first = survey(scm, sites, next(samples.batches(batch_size)), min(batch_size, len(samples)), outputs)
+    passes, together = _passes(scm, sites, samples, batch_size, measure, memory, first)
+    recording: Recording | None = None
+    for number, (group, blocks) in enumerate(passes):
+        if number in together:
+            own = [site for other in together[number] for site in passes[other][0]]
+            recording = Recording(scm, own, samples, batch_size, measure, first, Shelf(run.work.root), progress)
+        elif not any(number in others for others in together.values()):
+            recording = None
         parts = [
             # What is no outer product is the same in every pass.
             _pass(
@@ -84,7 +97,9 @@ def calibrate(
                 samples,
                 batch_size,
                 replace(measure, block=block, windows=measure.windows and not i),
-                partial(total, shards=shards, stage=stage, name=f"pass-{number}-{i}", run=run, progress=progress),
+                first,
+                recording,
+                partial(total, stage=stage, name=f"pass-{number}-{i}", run=run, progress=progress),
             )
             for i, block in enumerate(blocks)
         ]
@@ -115,6 +130,26 @@ def _groups(
         used += size
     if group:
         yield group, [None]
+
+
+def _passes(
+    scm: Scm, sites: Sequence[Site], samples: Samples, batch_size: int, measure: Measure, memory: int, first: Survey
+) -> tuple[list[tuple[list[Site], list[slice | None]]], dict[int, list[int]]]:
+    """What `_groups` gives, and the numbers of those recorded together, by the first one's.
+
+    Where all sites are recorded a pass more costs little, and none holds more than it takes for the largest site.
+    """
+    opset = scm.model.graph.opset_imports.get("", 1)
+    groups = list(_groups(sites, measure, opset, memory))
+    if sum(len(blocks) for _, blocks in groups) < 2:
+        return groups, {}
+    sizes = recordable(scm, sites, samples, first, measure)
+    if sizes.keys() == {site.tensor for site in sites}:
+        entries = [(site.size, *_entries(site, measure, opset)) for site in sites]
+        largest = max(BYTES * (squares * size + features) for size, squares, features in entries)
+        groups = list(_groups(sites, measure, opset, min(memory, max(largest, RECORDED_BYTES))))
+    found = cut([group for group, _ in groups], sizes, len(samples), batch_size)
+    return groups, {block[0]: block for block in found if sum(len(groups[number][1]) for number in block) > 1}
 
 
 def _entries(site: Site, measure: Measure, opset: int) -> tuple[int, int]:
@@ -205,12 +240,18 @@ def _pass(
     samples: Samples,
     batch_size: int,
     measure: Measure,
-    total: Callable[[Summation], dict[str, Array]],
+    first: Survey,
+    recording: Recording | None,
+    total: Callable[[Summation, Callable[[], Shards]], dict[str, Array]],
 ) -> Statistics:
-    outputs = measure.outputs if measure.curvature != "none" else {}
-    first = survey(scm, sites, next(samples.batches(batch_size)), min(batch_size, len(samples)), outputs)
-    instrument = Instrument(scm, sites, first, measure, len(samples))
-    totals = instrument.tally.read(total(instrument.summation), len(samples))
+    trip = None if recording is None else recording.trip(sites)
+    given = [] if trip is None else [value.name or "" for value in trip.model.graph.inputs]
+    instrument = Instrument(scm, sites, first, measure, len(samples), trip)
+
+    def shards() -> Shards:
+        return Shards(samples if recording is None else recording.samples_of(given), batch_size)
+
+    totals = instrument.tally.read(total(instrument.summation, shards), len(samples))
     centres = {site.tensor: instrument.centres[site.tensor].astype(np.float64) for site in sites}
     return Statistics(
         {site.tensor: _moments(site, totals, centres[site.tensor], measure.block) for site in sites},
@@ -234,7 +275,7 @@ def _pass(
         (samples.sha256,),
         ort.__version__,
         measure.curvature,
-        dict(outputs),
+        dict(measure.outputs) if measure.curvature != "none" else {},
     )
 
 

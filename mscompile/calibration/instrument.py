@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mscompile.calibration.reverse import Gradients, differentiate, pool_first
-from mscompile.calibration.seeds import Seeds
+from mscompile.calibration.seeds import SeedFeeds, Seeds
 from mscompile.calibration.statistics import Window
 from mscompile.calibration.summation import Feeds, Summation
 from mscompile.calibration.survey import Survey
@@ -68,57 +68,109 @@ class Measure:
     block: slice | None = None
 
 
-class Instrument:
-    """Copy of a graph whose outputs are sums over a batch. Gradients are float32 whatever the model's types.
+@dataclass(frozen=True)
+class RoundTrip:
+    """A graph with the activations of sites and the way back to them. Gradients are float32 whatever the model's types.
 
-    Its new inputs are the seeds, rows of ones, and the sums so far; its outputs are the sums.
+    Attributes
+    ----------
+    values
+        By name.
+    slopes
+        By site tensor, for those that the way back reaches: gradients, one per seed.
+    losses
+        By site tensor: the gradient of the loss, where that is asked for.
+    refused
+        By site tensor: why there is no way back to it.
+    share
+        Weight of one seed in the curvature.
+    feeds
+        What goes into the seeds.
     """
 
-    def __init__(self, scm: Scm, sites: Sequence[Site], first: Survey, measure: Measure, samples: int) -> None:
+    model: ir.Model
+    build: Builder
+    values: Mapping[str, ir.Value]
+    slopes: Mapping[str, Sequence[ir.Value]]
+    losses: Mapping[str, ir.Value]
+    refused: Mapping[str, str]
+    share: float = 1.0
+    feeds: SeedFeeds | None = None
+
+
+def there_and_back(scm: Scm, sites: Sequence[Site], first: Survey, measure: Measure) -> RoundTrip:
+    """Copy of a network with the reverse pass appended."""
+    model = scm.model.clone()
+    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)  # element types, for mixed precision
+    graph, tensors = model.graph, [site.tensor for site in sites]
+    build = Builder(graph, graph.opset_imports.get("", 1), fused=True)
+    moved = pool_first(graph, {*measure.outputs, *tensors})
+    values = {v.name or "": v for node in graph for v in node.outputs}
+    shapes, declared = (
+        {**known, **{new: known[old] for new, old in moved.items() if old in known}} for known in (first.shapes, scm.shapes)
+    )
+    if measure.curvature == "none":
+        return RoundTrip(model, build, values, {}, {}, {})
+    seeds = Seeds(
+        graph,
+        build,
+        outputs=measure.outputs,
+        extents=first.extents,
+        declared=declared,
+        fisher=measure.curvature == "fisher",
+        probes=measure.probes,
+        seed=measure.seed,
+    )
+
+    def back(start: Mapping[str, ir.Value]) -> Gradients:
+        return differentiate(graph, build, start, tensors, shapes=shapes, declared=declared)
+
+    found = [back(seeds.probe(k)) for k in range(seeds.probes)]
+    losses = back(seeds.loss_gradient()).values if measure.gradient else {}
+    slopes = {tensor: [gradients.values[tensor] for gradients in found] for tensor in found[0].values}
+    refused = {tensor: str(reason) for tensor, reason in found[0].refused.items()}
+    share = 1.0 if seeds.exact else 1.0 / seeds.probes
+    return RoundTrip(model, build, values, slopes, losses, refused, share, seeds.feeds)
+
+
+class Instrument:
+    """Copy of a graph whose outputs are sums over a batch.
+
+    Its new inputs are the seeds, rows of ones, and the sums so far; its outputs are the sums.
+
+    Parameters
+    ----------
+    trip
+        What takes the place of the network and its way back; it becomes part of this.
+    """
+
+    def __init__(
+        self,
+        scm: Scm,
+        sites: Sequence[Site],
+        first: Survey,
+        measure: Measure,
+        samples: int,
+        trip: RoundTrip | None = None,
+    ) -> None:
         batches = max(1, samples // first.samples)
-        self.model = scm.model.clone()
-        common.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)  # element types, for mixed precision
-        self._graph = self.model.graph
-        self._build = Builder(self._graph, self._graph.opset_imports.get("", 1), fused=True)
-        self._measure, self._first = measure, first
-        moved = pool_first(self._graph, {*measure.outputs, *(site.tensor for site in sites)})
-        self._values = {v.name or "": v for node in self._graph for v in node.outputs}
-        self._shapes, self._declared = (
-            {**known, **{new: known[old] for new, old in moved.items() if old in known}}
-            for known in (first.shapes, scm.shapes)
-        )
+        trip = there_and_back(scm, sites, first, measure) if trip is None else trip
+        self.model, self._graph, self._build, self._values = trip.model, trip.model.graph, trip.build, trip.values
+        self._measure, self._first, self._trip = measure, first, trip
         self.centres = {site.tensor: self._centre(site) for site in sites}
         """[channels] by site: what is taken away from the activations before they are summed up."""
         self.tally = Tally(self._graph, self._build)
         """The sums."""
-        self.seeds: Seeds | None = None
-        """What the reverse pass starts from."""
-        self.differentiated: frozenset[str] = frozenset()
-        self.refused: dict[str, str] = {}
+        self.differentiated = frozenset(trip.slopes)
+        self.refused = trip.refused
+        self.share = trip.share
+        """Weight of one seed in the curvature."""
         self.windows: dict[str, tuple[Site, Window, int]] = {}
-        gradients: list[Gradients] = []
-        loss: Gradients | None = None
-        if measure.curvature != "none":
-            self.seeds = Seeds(
-                self._graph,
-                self._build,
-                outputs=measure.outputs,
-                extents=first.extents,
-                declared=self._declared,
-                fisher=measure.curvature == "fisher",
-                probes=measure.probes,
-                seed=measure.seed,
-            )
-            gradients = [self._differentiate(sites, self.seeds.probe(k)) for k in range(self.seeds.probes)]
-            if measure.gradient:
-                loss = self._differentiate(sites, self.seeds.loss_gradient())
-            self.refused = {tensor: str(reason) for tensor, reason in gradients[0].refused.items()}
-            self.differentiated = frozenset(gradients[0].values)
         self._graph.outputs.clear()
         passes = frozenset(self._graph)
         for site in sites:
             shape = first.shapes[site.tensor]
-            centred = self._sum(site, shape, gradients, loss)
+            centred = self._sum(site, shape)
             for reader in site.readers if measure.windows else ():
                 window = window_of(site, reader, self._build.opset)
                 if window is not None:
@@ -128,16 +180,10 @@ class Instrument:
         self._sum_early(passes)
 
     @property
-    def share(self) -> float:
-        """Weight of one seed in the curvature."""
-        return 1.0 if self.seeds is None or self.seeds.exact else 1.0 / self.seeds.probes
-
-    @property
     def summation(self) -> Summation:
         """The graph with all that it takes to run it on any part of the data."""
         offsets = {f"{PREFIX}offset:{name}": (window, thin) for name, (_, window, thin) in self.windows.items() if thin > 1}
-        seeds = None if self.seeds is None else self.seeds.feeds
-        feeds = Feeds(self.tally.ones, seeds, offsets, self._measure.seed)
+        feeds = Feeds(self.tally.ones, self._trip.feeds, offsets, self._measure.seed)
         return Summation(self.model, self.tally.starts, feeds)
 
     def _centre(self, site: Site) -> npt.NDArray[np.float32]:
@@ -160,11 +206,7 @@ class Instrument:
     def _dtype(self, tensor: str) -> ir.DataType:
         return self._values[tensor].dtype or ir.DataType.FLOAT
 
-    def _differentiate(self, sites: Sequence[Site], seeds: Mapping[str, ir.Value]) -> Gradients:
-        tensors = [site.tensor for site in sites]
-        return differentiate(self._graph, self._build, seeds, tensors, shapes=self._shapes, declared=self._declared)
-
-    def _sum(self, site: Site, shape: Shape, gradients: Sequence[Gradients], loss: Gradients | None) -> ir.Value:
+    def _sum(self, site: Site, shape: Shape) -> ir.Value:
         """Return the sums of one site; gives the centred activations."""
         build, measure = self._build, self._measure
         view = View(build, site, shape, self._first.samples)
@@ -195,14 +237,14 @@ class Instrument:
                 self.tally.add(Rows(site, quantity, rows, 1 if view.steady else None, view.image))
         if site.tensor not in self.differentiated:
             return centred
-        slopes = [gradient.values[site.tensor] for gradient in gradients]
+        slopes = self._trip.slopes[site.tensor]
         keep("s1", *slopes)
         keep("s2", *(build.op("Mul", slope, centred) for slope in slopes))
         if measure.second:
             rows = self._stacked([view.rows(slope) for slope in slopes])
             self._square(site, "second", rows, rows)
-        if loss is not None and site.tensor in loss.values:
-            slope = loss.values[site.tensor]
+        slope = self._trip.losses.get(site.tensor)
+        if slope is not None:
             keep("g1", slope)
             keep("g2", build.op("Mul", slope, centred))
         return centred

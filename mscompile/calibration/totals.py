@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from mscompile.calibration.statistics import Array
 from mscompile.calibration.summation import Shards, Summation
@@ -13,16 +14,17 @@ from mscompile.runtime import Progress
 
 
 def total(
-    summation: Summation, *, shards: Shards, stage: Stage, name: str, run: Run, progress: Progress
+    summation: Summation, cut: Callable[[], Shards], *, stage: Stage, name: str, run: Run, progress: Progress
 ) -> dict[str, Array]:
-    """Sums over all shards.
+    """Sums over all shards, which are cut if they are needed.
 
     Sums so far are kept in the stage from time to time as `NAME-merged`, with the number of shards in them; shards that
     come before their turn as `NAME-NUMBER`; all of them in the end as `NAME`.
     """
     if (done := stage.parcel(name)) is not None:
-        stage.reuse(name, f"sums over {len(shards.samples)} samples")
+        stage.reuse(name, f"sums over {done.header['samples']} samples")
         return dict(done.arrays)
+    shards = cut()
     merging = Merging(summation, stage, name, len(shards))
     missing = merging.missing()
     for piece in merging.found if len(missing) < len(shards) else ():
@@ -32,7 +34,7 @@ def total(
         tick(sum(batches) - sum(batches[i] for i in missing))
         for number, found in run.map(summation, missing, shards.cut, tick, batches):
             merging.take(number, found)
-    stage.keep(name, Parcel({}, merging.totals))
+    stage.keep(name, Parcel({"samples": len(shards.samples)}, merging.totals))
     merging.drop()
     return merging.totals
 

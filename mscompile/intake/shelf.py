@@ -6,8 +6,12 @@ process ends.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import mmap
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +29,36 @@ CHUNK = 1 << 30
 """Bytes of a file, which is sparse: every mapping costs open files, of which a process may have few."""
 PAGE = 4096
 """Where arrays begin."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """An array in a file, to be written.
+
+    Attributes
+    ----------
+    array
+        What is written so far, to be read only.
+    """
+
+    array: npt.NDArray[Any]
+    _file: IO[bytes]
+    _start: int
+    _writing: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def write(self, row: int, rows: npt.NDArray[Any]) -> None:
+        """Write rows from one on; the array is of their type.
+
+        Raises
+        ------
+        ResourceError
+            The file cannot be written.
+        """
+        place = row * math.prod(self.array.shape[1:]) * self.array.itemsize
+        with self._writing():
+            self._file.seek(self._start + place)
+            self._file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+            self._file.flush()
 
 
 class Shelf:
@@ -52,12 +86,24 @@ class Shelf:
         """
         if array.nbytes < LEAST:
             return array
+        table = self.table(array.shape, array.dtype)
+        table.write(0, array)
+        return table.array
+
+    def table(self, shape: tuple[int, ...], kind: npt.DTypeLike) -> Table:
+        """Room for an array that is written by rows."""
+        kind = np.dtype(kind)
+        size = math.prod(shape) * kind.itemsize
+        with self._writing():
+            start = self._room(size)
+            self._end = start + -(-size // PAGE) * PAGE
+        assert self._file is not None
+        return Table(self._bytes[start : start + size].view(kind).reshape(shape), self._file, start, self._writing)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            start = self._room(array.nbytes)
-            assert self._file is not None
-            self._file.seek(start)
-            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            self._file.flush()
+            yield
         except OSError as error:
             raise ResourceError(
                 "arrays cannot be put aside",
@@ -65,8 +111,6 @@ class Shelf:
                 why=error.strerror or str(error),
                 hint="check free space, or name a folder on another disk with --work, or with TMPDIR where nothing is kept",
             ) from error
-        self._end = -(-(start + array.nbytes) // PAGE) * PAGE
-        return self._bytes[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
 
     def _room(self, size: int) -> int:
         """Where the next array goes, in a new file where the last one is full."""
