@@ -26,6 +26,8 @@ from mscompile.runtime import Progress
 from mscompile.verification.metrics import METRICS
 from mscompile.verification.verify import Fidelity, Interchange, Law, make_pair
 
+Fits = tuple[Plan, Plan, tuple[Step, ...]]
+"""A plan as fitted to the dense network, and after re-calibration, with its steps."""
 HELD_SAMPLES = 256
 """Samples on which risks are measured while candidates are made, at most."""
 
@@ -148,6 +150,10 @@ class Workshop:
 
     def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
         """Plan, re-calibrate where asked for, rewrite, and open for interchange."""
+        return self.opened(*self.fit(counts, recalibrated=recalibrated))
+
+    def fit(self, counts: Mapping[int, int], *, recalibrated: bool) -> Fits:
+        """Plan, and re-calibrate where asked for."""
         source, options = self.source, self.options
         fitted = self._plan({}).model_copy(update={"sites": self.plans(counts, predicted=True)})
         plan = fitted
@@ -166,6 +172,11 @@ class Workshop:
                     stage=self.stage,
                     progress=self.progress,
                 )
+        return fitted, plan, steps
+
+    def opened(self, fitted: Plan, plan: Plan, steps: tuple[Step, ...]) -> Candidate:
+        """A plan carried out, and open for interchange."""
+        source, options = self.source, self.options
         with self.clock.time("rewrite"):
             compiled = rewrite(source.model, plan, self.stage.work)
         interchange = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from mscompile.report import FidelityReport, LawReport
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runs.run import Run
 from mscompile.runtime import Progress
-from mscompile.search.candidates import Candidate, Workshop
+from mscompile.search.candidates import Candidate, Fits, Workshop
 from mscompile.search.frontier import Frontier, Tried
 from mscompile.verification.certificate import risk_bound
 from mscompile.verification.verify import Fidelity, Law, fold_error, make_pair
@@ -43,6 +43,8 @@ OLDEST_INTERVENTION = 9
 """Opset of the operator Where."""
 PLAIN = 1 / 3
 """Share of the candidates that reach a fidelity, the largest of them, that are tested without re-calibrating them first."""
+NEAR = 2
+"""Candidates next larger than the smallest that is expected to be certified, which are tested before it."""
 MISSES = 2
 """Candidates in a row that fall short of a fidelity before the search stops."""
 ATTEMPTS = 6
@@ -257,17 +259,16 @@ class Search:
         """The smallest candidate of the frontier whose fidelity is certified.
 
         Candidates that reach the goal on the `choose` part are tested on the `certify` part from large to small, each at the
-        full δ, up to the first that fails; the first `PLAIN` of them as fitted, the others re-calibrated, as long as no two
-        in a row fall short on `choose` then. A wrong certificate needs the first untrue claim in that order, which `choose`
-        alone determines, to pass: its probability stays below δ however many are tested (fixed-sequence testing; Maurer,
-        Hothorn and Lehmacher 1995).
+        full δ, up to the first that fails: the first `PLAIN` of them as fitted, then re-calibrated, see `_recalibrated`.
+        A wrong certificate needs the first untrue claim in that order, which `choose` alone determines, to pass: its
+        probability stays below δ however many are tested (fixed-sequence testing; Maurer, Hothorn and Lehmacher 1995).
         """
         workshop, options, frontier = self.workshop, self.options, self.frontier
         tried = frontier.tried()
         good = [entry for entry in tried if entry.point.iia >= goal]
         plain = good[: int(PLAIN * len(good))] if options.recalibrate else good
         best = max((entry.point.iia for entry in tried), default=0.0)
-        attempts, misses, bound = 0, 0, 1.0
+        attempts, bound = 0, 1.0
         last: Candidate | Tried | None = None
         for entry in plain:
             attempts += 1
@@ -276,17 +277,16 @@ class Search:
             if bound < goal:
                 break
             last = entry
-        for entry in tried[tried.index(plain[-1]) + 1 if plain else 0 :]:
-            if bound < goal or misses == MISSES or not options.recalibrate:
-                break
-            candidate = workshop.make(entry.counts, recalibrated=True)
-            found = workshop.measure(candidate, "choose").iia
-            best = max(best, found)
-            misses = misses + 1 if found < goal else 0
-            if not misses:
+        if bound >= goal and options.recalibrate:
+            seen: dict[int, float] = {}
+            for fits in self._recalibrated(tried[tried.index(plain[-1]) + 1 if plain else 0 :], goal, seen):
                 attempts += 1
+                candidate = workshop.opened(*fits)
                 bound = workshop.measure(candidate, "certify").iia_lower
-                last = candidate if bound >= goal else last
+                if bound < goal:
+                    break
+                last = candidate
+            best = max(best, *seen.values(), 0.0)
         if last is None:
             raise GoalError(
                 f"no candidate is certified to reach an IIA of {goal:g}",
@@ -297,6 +297,44 @@ class Search:
             )
         candidate = last if isinstance(last, Candidate) else workshop.make(last.counts, recalibrated=False)
         return self._finish(candidate, attempts=attempts, certified=goal)
+
+    def _recalibrated(self, entries: Sequence[Tried], goal: float, seen: dict[int, float]) -> Iterator[Fits]:
+        """Re-calibrated fits that reach a goal on `choose`, from large to small.
+
+        Bisection finds the smallest that can be expected to be certified, at the mean of the rate of disagreement that its
+        trials on `choose` leave possible: half of one more in one more. First come those larger ones that it has met, then,
+        from `NEAR` before that one on (all, where there is none), one after the other until `MISSES` in a row fall short.
+
+        Parameters
+        ----------
+        seen
+            IIA on `choose` by number of those re-calibrated, filled here.
+        """
+        workshop = self.workshop
+        chosen, pairs = (len(workshop.parts[part]) // 2 for part in ("choose", "certify"))
+        found: dict[int, Fits] = {}
+
+        def measured(number: int) -> float:
+            if number not in seen:
+                found[number] = workshop.fit(entries[number].counts, recalibrated=True)
+                seen[number] = workshop.measure(workshop.opened(*found[number]), "choose").iia
+            return seen[number]
+
+        low, high = -1, len(entries)
+        while high - low > 1:
+            middle = (low + high) // 2
+            rate = ((1.0 - measured(middle)) * chosen + 0.5) / (chosen + 1)
+            certified = 1.0 - risk_bound(rate * pairs, pairs, self.options.delta) >= goal
+            low, high = (middle, high) if certified else (low, middle)
+        start = max(low - NEAR, 0)
+        yield from (found[number] for number in sorted(found) if number < start and seen[number] >= goal)
+        misses = 0
+        for number in range(start, len(entries)):
+            misses = 0 if measured(number) >= goal else misses + 1
+            if misses == MISSES:
+                return
+            if not misses:
+                yield found.pop(number)
 
     def _finish(self, candidate: Candidate, *, attempts: int = 1, certified: float | None = None) -> Result:
         """Prove the fold, measure everything on the `certify` part; `certified` is the goal that tests in turn proved."""
