@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mscompile.errors import ModelError, MscompileError, ResourceError, UnsupportedError
-from mscompile.intake import shelf
 from mscompile.intake.vetting import all_nodes
 from mscompile.providers import TITLES, absent, chosen
+from mscompile.runs import shelf
 from mscompile.verification.skeletons import Skeleton, skeleton_of
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -21,12 +23,14 @@ from mscompile.calibration.instrument import Measure
 from mscompile.calibration.recording import cut, recordable
 from mscompile.calibration.survey import survey
 from mscompile.errors import ResourceError
-from mscompile.intake import data, shelf
+from mscompile.intake import data
+from mscompile.intake.mapped import place_of
 from mscompile.network.dense import open_dense
 from mscompile.planning.plan import make_plan, resolve_keep
 from mscompile.planning.scores import score
 from mscompile.planning.selection import eliminate_by_score
 from mscompile.rewrite import rewrite
+from mscompile.runs import shelf
 from tests import golden
 
 KIND = ["float32", "float64", "int64", "bool", "float16"]
@@ -54,13 +58,18 @@ def test_arrays_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monke
     rng, board = np.random.default_rng(0), shelf.Shelf(tmp_path)
     given = [(8 * rng.random((17, 5 * n))).astype(kind).T for n in range(1, 9) for kind in KIND]
     found = [board.put(array) for array in given]
-    assert list(tmp_path.iterdir()) == []
     del board
     for a, b in zip(given, found, strict=True):
         assert (b is a) == (a.nbytes < 100)
         assert b is a or not b.flags.writeable
         assert b.dtype == a.dtype
         np.testing.assert_array_equal(b, a)
+        place = place_of(b)
+        assert (place is None) == (b is a)
+        assert place is None or np.array_equal(np.fromfile(place.path, b.dtype, b.size, offset=place.offset), b.ravel())
+    del found, b
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_little_is_not_put_aside(tmp_path: Path):
@@ -85,25 +94,53 @@ def test_the_same_bytes_come_out(name: str, replacement: str, tmp_path: Path, re
 
 
 def test_a_full_disk(all_aside: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    open_file = tempfile.TemporaryFile
+    def full(table: shelf.Table, *_: Any) -> None:
+        with table._writing():
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(*arguments: Any, **options: Any) -> Any:
-        file = open_file(*arguments, **options)
-
-        class Full:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(file, name)
-
-            def write(self, _: Any) -> int:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-        return Full()
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    folder = tmp_path / "aside"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(shelf.Table, "write", full)
     with pytest.raises(ResourceError, match="put aside") as refusal:
         compile_model(mlp(), {"x": samples(64)}, tmp_path / "out.onnx", Options(keep=0.5))
     assert refusal.value.exit_code == 8
     assert "No space left" in str(refusal.value)
+    refusal.value.__traceback__ = None
+    del refusal
+    gc.collect()
+    assert list(tmp_path.iterdir()) == [folder]
+    assert list(folder.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from pathlib import Path
+from mscompile.runs.shelf import Shelf
+held = Shelf(Path(sys.argv[1])).put(np.ones(1 << 18))
+print(len(os.listdir(sys.argv[1])), flush=True)
+if len(sys.argv) > 2:
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path):
+    def run(*more: str) -> int:
+        command = [sys.executable, "-c", KILLED, str(tmp_path), *more]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        return int(found.stdout)
+
+    assert run() == 1
+    assert list(tmp_path.iterdir()) == []
+    assert run("killed") == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    held = shelf.Shelf(tmp_path).put(np.ones(1 << 18))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert run() == 2  # what another process holds stays
+    assert held.sum() == 1 << 18
+    del held
+    gc.collect()
     assert list(tmp_path.iterdir()) == []
 
 

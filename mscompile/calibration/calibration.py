@@ -25,10 +25,10 @@ from mscompile.calibration.windows import window_name, window_of
 from mscompile.errors import ResourceError, UsageError
 from mscompile.files import weight_bytes
 from mscompile.intake.samples import Samples
-from mscompile.intake.shelf import Shelf
 from mscompile.network.scm import Scm, Site
 from mscompile.runs.limits import gigabytes
 from mscompile.runs.run import ALONE, Run
+from mscompile.runs.shelf import Shelf
 from mscompile.runtime import Progress, no_progress
 
 GROUP_BYTES = 1 << 30

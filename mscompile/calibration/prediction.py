@@ -10,13 +10,13 @@ import onnx_ir as ir
 import scipy.stats
 
 from mscompile.calibration.statistics import Array, Statistics
-from mscompile.intake import shelf
 from mscompile.intake.samples import Samples
 from mscompile.network.scm import Site
 from mscompile.operators import IntArray
 from mscompile.pages.drawing import Series, scatter
 from mscompile.planning.plan import Plan, SitePlan
 from mscompile.planning.scores import Scores, measured_risk, predictable
+from mscompile.runs import shelf
 from mscompile.runtime import Arrays, Progress, Session, no_progress
 from mscompile.verification.interventions import Intervened
 from mscompile.verification.skeletons import Skeleton, skeleton_of

@@ -18,9 +18,9 @@ from onnx_ir.passes import common
 from mscompile.calibration.instrument import Measure, RoundTrip, there_and_back
 from mscompile.calibration.survey import Survey
 from mscompile.intake.samples import Samples
-from mscompile.intake.shelf import Shelf, Table
 from mscompile.network.scm import Scm, Site, infer_shapes
 from mscompile.operators.backward import PREFIX, Builder
+from mscompile.runs.shelf import Shelf, Table
 from mscompile.runtime import Progress, Session, no_progress
 
 MOST = 4 << 30

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from mscompile.intake.shelf import Shelf
+from mscompile.runs.shelf import Shelf
 
 Array = npt.NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """Arrays that lie in files: mapped, not read, and known by their place there, so that onnxruntime can map them as well.
 
-Weights in external files are views of one mapping per file.
+Weights in external files are views of one mapping per file; what `mscompile.runs.shelf` puts aside lies in others.
 """
 
 from __future__ import annotations
@@ -72,13 +72,22 @@ def _address(array: npt.NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def map_file(handle: int, size: int, path: Path) -> Bytes:
-    """All bytes of an open regular file, mapped for reading; it stays open as long as an array lies on them."""
+def map_file(handle: int, size: int, path: Path, *, passing: bool = False) -> Bytes:
+    """All bytes of an open regular file, mapped for reading; it stays open as long as an array lies on them.
+
+    A file that is `passing` is removed then.
+    """
     if not size:
         return np.zeros(0, dtype=np.uint8)
     own = os.dup(handle)
     named = str(OPEN_FILES / str(own)) if OPEN_FILES.is_dir() else str(path)
-    return _mappings.add(mmap.mmap(own, size, access=mmap.ACCESS_READ), named, lambda: os.close(own))
+
+    def release() -> None:
+        os.close(own)
+        if passing:
+            path.unlink(missing_ok=True)
+
+    return _mappings.add(mmap.mmap(own, size, access=mmap.ACCESS_READ), named, release)
 
 
 def place_of(array: npt.NDArray[Any]) -> Place | None:

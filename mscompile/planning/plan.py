@@ -16,13 +16,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.windows import determined, fit_window, window_name, window_weight
 from mscompile.errors import GoalError, UsageError
-from mscompile.intake.shelf import Shelf
 from mscompile.network.scm import Scm, Site
 from mscompile.operators import IntArray
 from mscompile.planning.constants import has_carriers
 from mscompile.planning.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Factor, Fit, fit_by_row
 from mscompile.planning.scores import MEASURABLE, Scores, joint_curvature
 from mscompile.planning.selection import retained_heads, retained_units, without_carriers
+from mscompile.runs.shelf import Shelf
 
 Integers = Annotated[
     npt.NDArray[np.int64],

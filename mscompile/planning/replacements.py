@@ -13,8 +13,8 @@ import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.calibration.statistics import Moments
-from mscompile.intake.shelf import Shelf
 from mscompile.operators import IntArray
+from mscompile.runs.shelf import Shelf
 
 Array = npt.NDArray[np.float64]
 

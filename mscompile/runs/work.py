@@ -28,11 +28,11 @@ import numpy as np
 import onnxruntime as ort
 
 from mscompile.errors import DataError, ResourceError, UsageError
-from mscompile.intake.shelf import Shelf, shelf_for
 from mscompile.machine import cache_folder, processor
 from mscompile.providers import chosen
 from mscompile.runs.locks import HELD, acquire, holder
 from mscompile.runs.parcel import Parcel
+from mscompile.runs.shelf import Shelf, shelf_for
 from mscompile.version import __version__
 
 KEPT_BYTES, KEPT_DAYS = 8 << 30, 30

@@ -12,7 +12,6 @@ import numpy as np
 from mscompile.calibration.statistics import Statistics
 from mscompile.clock import Clock
 from mscompile.intake.samples import Samples
-from mscompile.intake.shelf import Shelf
 from mscompile.network.dense import DenseModel
 from mscompile.options import Options
 from mscompile.planning.plan import Plan, SitePlan, make_plan
@@ -21,6 +20,7 @@ from mscompile.planning.replacements import AFFINE_FITS, Factor, fit_affine
 from mscompile.planning.scores import Scores
 from mscompile.planning.selection import Elimination, without_carriers
 from mscompile.rewrite import Compiled, rewrite
+from mscompile.runs.shelf import Shelf
 from mscompile.runs.work import FORGET, Stage, digest
 from mscompile.runtime import Progress
 from mscompile.verification.metrics import METRICS

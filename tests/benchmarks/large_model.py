@@ -1,15 +1,20 @@
 """A transformer of 3 GB from end to end: peak memory and time beside onnxruntime alone.
 
-    python tests/benchmarks/large_model.py [--layers 60] [--width 1024] [--folder DIR]
+    python tests/benchmarks/large_model.py [--layers 60] [--width 1024] [--folder DIR] [options of mscompile]
+    python tests/benchmarks/large_model.py --layers 8 24                    does memory grow with the number of sites?
 
-The model is made up and written as it is drawn, never held. Three processes of their own: onnxruntime loads the model and
-runs it on the samples that compiling sees; `mscompile` compiles it; and again, under a profile of where time goes. Memory is
-the peak of pages that belong to no file; pages of mapped files, which the system takes back as it likes, are counted apart.
+The model is made up and written as it is drawn, never held. Processes of their own: onnxruntime loads the model and runs it
+on the samples that compiling sees, as it comes and without copies of weights laid out anew (*lean*); `mscompile` compiles.
+Memory is the peak of pages that belong to no file; pages of mapped files, which the system takes back as it likes, are
+counted apart. What compiling takes beyond lean onnxruntime is set against what the largest site needs: its matrices, of
+channels times channels, in the making. `mscompile` keeps onnxruntime from making copies of models above 1 GiB; here of
+smaller ones as well, so that depths can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -29,6 +34,10 @@ DEFAULT = (
     f"--keep 0.75 --replacement constant --probes 1 --anchors 0 --batch-size {BATCH} --no-recalibrate --no-cache --quiet"
 )
 """How it is compiled, unless other options of `mscompile` are given: with so few samples an affine fit is undetermined."""
+
+
+BYTES = 24
+"""Per entry of a matrix in the making: in float32 before and after a batch, in float64 on the way and in total."""
 
 
 class Writer:
@@ -138,11 +147,17 @@ class InRuntime:
         return timed
 
 
-def plain(folder: Path) -> dict[str, float]:
+def plain(folder: Path, *, lean: bool) -> dict[str, float]:
     import onnxruntime as ort
 
     peak, start, x = Peak(), time.perf_counter(), np.load(folder / "x.npy")
-    session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    off = ["ConstantFolding"] if lean else None
+    session = ort.InferenceSession(
+        folder / "model.onnx", options, providers=["CPUExecutionProvider"], disabled_optimizers=off
+    )
     loaded = time.perf_counter() - start
     for begin in range(0, len(x), BATCH):
         session.run(None, {"x": x[begin : begin + BATCH]})
@@ -150,45 +165,78 @@ def plain(folder: Path) -> dict[str, float]:
 
 
 def compiled(folder: Path, arguments: list[str]) -> dict[str, float]:
-    from mscompile import cli
+    from mscompile import cli, runtime
+    from mscompile.clock import Clock
 
-    inside, peak, start = InRuntime(), Peak(), time.perf_counter()
+    runtime.LARGE = 0
+    inside, peak, start, stages = InRuntime(), Peak(), time.perf_counter(), {}
+    timed, before = Clock.time, [0]
+
+    @contextlib.contextmanager
+    def watched(clock: Clock, stage: str):
+        before[0], peak.own = max(before[0], peak.own), 0
+        with timed(clock, stage):
+            yield
+        stages[f"own, {stage}"] = max(stages.get(f"own, {stage}", 0), peak.own)
+
+    Clock.time = watched
     code = cli.run([str(folder / "model.onnx"), "--calib", str(folder / "x.npy"), "--force", *arguments])
     seconds = time.perf_counter() - start
-    found = {"code": code, "seconds": seconds, "onnxruntime": inside.seconds, "own": peak.own, "all": peak.all}
+    own = max(before[0], peak.own)
+    found = {"code": code, "seconds": seconds, "onnxruntime": inside.seconds, "own": own, "all": peak.all, **stages}
     report = json.loads((folder / "model.ms.report.json").read_bytes()) if code in (0, 6) else {"timings": {}}
     return {**found, **{f"time to {step}": spent for step, spent in report["timings"].items()}}
 
 
+def measured(kind: str, folder: str, arguments: list[str]) -> dict[str, float]:
+    """What a process of its own found; it is printed."""
+    command = [sys.executable, __file__, "--folder", folder, "--run", kind, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(ran.stderr[-3000:] if ran.returncode else "", end="")
+    found = json.loads(ran.stdout.splitlines()[-1])
+    print(kind)
+    for key, value in found.items():
+        memory = key.startswith(("own", "all"))
+        print(f"  {key:24} {value / 2**30 if memory else value:8.2f}{' GiB' if memory else ''}", flush=True)
+    return found
+
+
+def beside(layers: int, width: int, within: Path | None, arguments: list[str]) -> str:
+    """One depth: a row of the table in the end."""
+    with tempfile.TemporaryDirectory(dir=within) as name:
+        folder = Path(name)
+        write_model(folder / "model.onnx", layers, width)
+        x = np.random.default_rng(1).standard_normal((SAMPLES, TOKENS, width), dtype=np.float32)
+        np.save(folder / "x.npy", x)
+        size = (folder / "weights.bin").stat().st_size / 2**30
+        print(f"model: {size:.2f} GiB, {layers} layers")
+        measured("plain", name, [])
+        lean, found = measured("lean", name, []), measured("compiled", name, arguments)
+        print("written:", *(f"{p.name} {p.stat().st_size / 2**30:.2f} GiB" for p in sorted(folder.glob("model.ms.*"))))
+    matrices = 1 if "constant" in arguments else 3  # curvature; covariance, and between samples
+    needs, beyond = BYTES * matrices * (4 * width) ** 2, found["own"] - lean["own"]
+    share = 1 - found["onnxruntime"] / found["seconds"]
+    numbers = f"{lean['own'] / 2**30:9.2f} {found['own'] / 2**30:9.2f} {beyond / 2**30:9.2f} {needs / 2**30:9.2f}"
+    return f"{layers:6} {size:9.2f} {numbers} {beyond / needs:7.2f} {found['seconds']:9.1f} {share:7.0%}"
+
+
 def main() -> None:
-    """Make the model, run both, and print what they took."""
+    """Make the model, run all, and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--layers", type=int, nargs="+", default=[60])
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--run", choices=["plain", "compiled"], help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=["plain", "lean", "compiled"], help=argparse.SUPPRESS)
     options, more = parser.parse_known_args()
-    if options.run is not None:
-        found = plain(options.folder) if options.run == "plain" else compiled(options.folder, more)
-        print(json.dumps(found))
-        return
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        write_model(folder / "model.onnx", options.layers, options.width)
-        x = np.random.default_rng(1).standard_normal((SAMPLES, TOKENS, options.width), dtype=np.float32)
-        np.save(folder / "x.npy", x)
-        print(f"model: {(folder / 'weights.bin').stat().st_size / 2**30:.2f} GiB, {options.layers} layers")
-        sites = more or DEFAULT.split()
-        for kind, arguments in (("plain", []), ("compiled", sites)):
-            command = [sys.executable, __file__, "--folder", name, "--run", kind, *arguments]
-            ran = subprocess.run(command, capture_output=True, text=True, check=False)
-            print(ran.stderr[-3000:] if ran.returncode else "", end="")
-            found = json.loads(ran.stdout.splitlines()[-1])
-            print(kind)
-            for key, value in found.items():
-                memory = key in ("own", "all")
-                print(f"  {key:24} {value / 2**30 if memory else value:8.2f}{' GiB' if memory else ''}")
-        print("written:", *(f"{p.name} {p.stat().st_size / 2**30:.2f} GiB" for p in sorted(folder.glob("model.ms.*"))))
+    if options.run == "compiled":
+        print(json.dumps(compiled(options.folder, more)))
+    elif options.run is not None:
+        print(json.dumps(plain(options.folder, lean=options.run == "lean")))
+    else:
+        rows = [beside(layers, options.width, options.folder, more or DEFAULT.split()) for layers in options.layers]
+        print("\nGiB of memory of its own: lean onnxruntime, compiling, beyond, the largest site's needs, how often those;")
+        print("seconds of compiling, and the share of them that is not onnxruntime's")
+        print("layers     model      lean   compile    beyond     needs   times   seconds  beside", *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
-"""The shelf: large arrays put aside in files without names, and mapped from there.
+"""The shelf: large arrays put aside in files of their own, and mapped from there.
 
-What is made site by site would add up in memory. A file without a name is gone with the last array on it, however the
-process ends.
+What is made site by site would add up in memory. A file is removed with the last array on it; what a process that was killed
+leaves behind, by the next one that puts something aside in the same folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from mscompile.errors import ResourceError
+from mscompile.intake.mapped import map_file
 from mscompile.intake.payloads import Bytes
+from mscompile.runs.locks import acquire
 
 LARGE = 1 << 28
 """Bytes of arrays of one kind, such as weights or statistics, from which they are put aside: less fits beside any model."""
@@ -28,7 +30,9 @@ LEAST = 1 << 20
 CHUNK = 1 << 30
 """Bytes of a file, which is sparse: every mapping costs open files, of which a process may have few."""
 PAGE = 4096
-"""Where arrays begin."""
+"""Where arrays begin, so that onnxruntime can map them as well."""
+PREFIX = ".mscompile-"
+"""What names of the files begin with."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Table:
     """
 
     array: npt.NDArray[Any]
-    _file: IO[bytes]
+    _file: BinaryIO
     _start: int
     _writing: Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -72,7 +76,7 @@ class Shelf:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._file: IO[bytes] | None = None
+        self._file: BinaryIO | None = None
         self._bytes: Bytes = np.zeros(0, dtype=np.uint8)
         self._end = 0
 
@@ -115,13 +119,29 @@ class Shelf:
     def _room(self, size: int) -> int:
         """Where the next array goes, in a new file where the last one is full."""
         if self._end + size > len(self._bytes):
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - until it is full
             length = max(CHUNK, size)
-            self._file.truncate(length)
-            # onnxruntime maps no files without names by itself: it is given these arrays as others, and copies none.
-            self._bytes = np.frombuffer(mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_READ), dtype=np.uint8)
-            self._end = 0
+            self._file, path = _new_file(Path(self._folder or tempfile.gettempdir()))
+            try:
+                self._file.truncate(length)
+                self._bytes, self._end = map_file(self._file.fileno(), length, path, passing=True), 0
+            except OSError:
+                path.unlink()
+                raise
         return self._end
+
+
+def _new_file(folder: Path) -> tuple[BinaryIO, Path]:
+    """A file locked as long as it is open. Others of the folder that no process has locked are removed."""
+    for left in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if (lock := acquire(left)) is not None:
+                left.unlink()
+                lock.close()
+    while True:
+        handle, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
+        os.close(handle)
+        if (file := acquire(Path(name))) is not None:
+            return file.detach(), Path(name)  # type: ignore[attr-defined]
 
 
 class Hand(Shelf):
