@@ -191,8 +191,22 @@ def test_a_cluster_of_its_own_listens_to_this_machine_only(cluster: Any):
 @with_ray
 def test_no_cluster_at_an_address(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
-    with pytest.raises(ResourceError, match="no workers"):
+    with pytest.raises(ResourceError, match="no workers") as error:
         crew_of("ray://127.0.0.1:1")
+    assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to that of the cluster" in error.value.hint
+
+
+@with_ray
+def test_a_token_that_is_missing(tmp_path: Path):
+    script = "from mscompile.runs.workers import crew_of; crew_of('ray://127.0.0.1:1')"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    last = done.stderr[done.stderr.rindex("mscompile.errors.") :]
+    assert last.startswith("mscompile.errors.ResourceError: there are no workers")
+    assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to that of the cluster" in last
 
 
 @pytest.mark.skipif(ray is not None, reason="Ray is installed")

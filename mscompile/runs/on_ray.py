@@ -14,6 +14,13 @@ from mscompile.runs.workers import Content, Crew, LostError
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Variable that keeps Ray from listening to the network where it is 0, on any system."""
 
+REACHED = "check that the cluster runs and can be reached"
+ASKING = (
+    "; if it asks for a token, which without the right one shows only in waiting in vain, set RAY_AUTH_MODE=token, and "
+    "RAY_AUTH_TOKEN to that of the cluster"
+)
+"""What Ray does not say."""
+
 
 class Actor:
     """A worker that is a Ray actor."""
@@ -75,11 +82,11 @@ def ray_crew(address: str) -> Crew:
             ray.shutdown()
             raise ConnectionError(f"it would listen at {listens}: set {LOOPBACK}=0 before Ray is imported")
         count = int(ray.cluster_resources().get("CPU", 1))
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise ResourceError(
             "there are no workers",
             where=f"--workers {address}",
             why=str(error).strip()[:400],
-            hint="check that the cluster runs and can be reached, or use processes of this machine: --workers 4",
+            hint=f"{REACHED}{ASKING if given else ''}; or use processes of this machine: --workers 4",
         ) from error
     return Crew(count, lambda: Actor(ray), ray.shutdown)
