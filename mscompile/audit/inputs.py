@@ -6,7 +6,6 @@ Nothing here rewrites a model: files are read, functions in them are written out
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mscompile.audit.disjointness import Fingerprints, decode, fingerprints
 from mscompile.audit.report import AuditedData, AuditedFile
 from mscompile.errors import DataError, UnsupportedError, UsageError, VerificationError
 from mscompile.intake.data import read
+from mscompile.intake.documents import parse
 from mscompile.intake.loading import load_model
 from mscompile.intake.provenance import METADATA, changed_parts
 from mscompile.intake.samples import InputSpec, Samples, Source
@@ -143,7 +143,7 @@ def read_plan(
         return None, notes
     try:
         content = path.read_bytes()
-        plan = json.loads(content)
+        plan = parse(content)
         _ = [(site["tensor"], site["kept"], site["axis"]) for site in plan["sites"]], plan["model_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
@@ -251,7 +251,7 @@ def known_samples(calib: Source | None, dense: AuditModel, compiled: AuditModel)
         return fingerprints(known), known.source
     path = compiled.path.with_suffix(".report.json")
     try:
-        report: Mapping[str, Any] = json.loads(path.read_bytes())
+        report: Mapping[str, Any] = parse(path.read_bytes())
         if report["compiled"]["sha256"] == compiled.sha256 and report["data"]["fingerprints"]:
             return decode(report["data"]["fingerprints"]), path.name
     except (OSError, ValueError, KeyError, TypeError):

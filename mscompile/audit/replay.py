@@ -82,34 +82,8 @@ def replay(
         for given, file in ((dense, report.dense), (compiled, report.compiled))
     ]
     samples = _samples(report, models[0], data)
-    asked = report.asked
-    options = AuditOptions(
-        fidelity=asked.fidelity,
-        laws=tuple(asked.laws),
-        swaps=tuple(asked.swaps),
-        conventions=tuple(asked.conventions),
-        metrics=tuple(asked.metrics),
-        outputs=asked.outputs,
-        delta=asked.delta,
-        trials=asked.trials,
-        table=asked.table if explain else 0,
-        explain=asked.explain and explain,
-        provenance=asked.provenance,
-        batch_size=report.batch_size,
-        seed=asked.seed,
-    )
-    claims = [
-        SiteClaim(
-            dense=site.dense,
-            compiled=site.compiled,
-            dense_axis=site.dense_axis,
-            compiled_axis=site.compiled_axis,
-            dense_channels=tuple(site.dense_channels),
-            compiled_channels=tuple(site.compiled_channels),
-        )
-        for site in report.tau
-    ]
-    setup = prepare(models[0], models[1], samples, options, tau=claims, origin=report.tau_origin, run=run)
+    options = asked_again(report, explain=explain)
+    setup = prepare(models[0], models[1], samples, options, tau=claimed_sites(report), origin=report.tau_origin, run=run)
     setup.engine.batch_size = report.batch_size
     other = _other(report, against)
     described = _described(report.data, samples, models)
@@ -124,6 +98,47 @@ def replay(
         exact=not found,
         left_out=skipped,
     )
+
+
+def asked_again(report: AuditReport, *, explain: bool = True) -> AuditOptions:
+    """The options that a certificate was made with; without `explain`, those for its claims alone.
+
+    Raises
+    ------
+    UsageError
+        No audit takes them.
+    """
+    asked = report.asked
+    return AuditOptions(
+        fidelity=asked.fidelity,
+        laws=tuple(asked.laws),
+        swaps=tuple(asked.swaps),
+        conventions=tuple(asked.conventions),
+        metrics=tuple(asked.metrics),
+        outputs=asked.outputs,
+        delta=asked.delta,
+        trials=asked.trials,
+        table=asked.table if explain else 0,
+        explain=asked.explain and explain,
+        provenance=asked.provenance,
+        batch_size=report.batch_size,
+        seed=asked.seed,
+    )
+
+
+def claimed_sites(report: AuditReport) -> list[SiteClaim]:
+    """The tau of a certificate."""
+    return [
+        SiteClaim(
+            dense=site.dense,
+            compiled=site.compiled,
+            dense_axis=site.dense_axis,
+            compiled_axis=site.compiled_axis,
+            dense_channels=tuple(site.dense_channels),
+            compiled_channels=tuple(site.compiled_channels),
+        )
+        for site in report.tau
+    ]
 
 
 def _other(report: AuditReport, given: Path | None) -> Path | None:

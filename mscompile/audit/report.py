@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mscompile.errors import UsageError, VerificationError
 from mscompile.verification.certificate import Verdict
@@ -26,9 +26,15 @@ Text = Annotated[
 ]
 """Text from the file system, where names may hold bytes that are no characters."""
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(gt=0.0, lt=1.0)]
+MOST_TRIALS = 1 << 31
+"""Up to here bounds can be computed."""
+Count = Annotated[int, Field(ge=0, le=MOST_TRIALS)]
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AuditedFile(_Section):
@@ -124,14 +130,14 @@ class Claim(_Section):
 
     outputs: list[str]
     law: Law
-    swap: float
+    swap: Share
     convention: Convention
     metric: str
-    fidelity: float
-    delta: float
+    fidelity: Probability
+    delta: Probability
     verdict: Verdict
-    trials: int
-    disagreements: float
+    trials: Count
+    disagreements: Annotated[float, Field(ge=0.0)]
     iia: float
     iia_lower: float
     iia_upper: float
@@ -146,10 +152,10 @@ class LawFound(_Section):
     """
 
     law: Law
-    swap: float
-    trials: int
-    iia_matched: float
-    iia_own: float
+    swap: Share
+    trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)]
+    iia_matched: Share
+    iia_own: Share
     by_output: dict[str, float]
     logit_mse_relative: float
     kl: float | None
@@ -257,7 +263,7 @@ class AuditReport(_Section):
     asked: Asked
     batch_size: int
     checks: list[Check]
-    claims: list[Claim]
+    claims: Annotated[list[Claim], Field(min_length=1)]
     laws: list[LawFound]
     plain: PlainFound
     explanation: Explanation | None

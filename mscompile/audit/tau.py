@@ -6,7 +6,6 @@ Whatever its origin, it is a claim that the audit tests, and the certificate hol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mscompile.audit.alignment import infer
 from mscompile.errors import UsageError
+from mscompile.intake.documents import parse
 from mscompile.intake.provenance import METADATA
 from mscompile.runtime import Arrays
 from mscompile.verification.interchange import Correspondence
@@ -57,6 +57,10 @@ class TauFile(BaseModel):
     sites: tuple[SiteClaim, ...] = Field(min_length=1)
 
 
+MOST_CHANNELS = 1 << 31
+"""No tensor has more."""
+
+
 @dataclass(frozen=True)
 class Tau:
     """The sites of both models side by side.
@@ -79,7 +83,7 @@ class Tau:
 def claims_of_file(path: Path) -> list[SiteClaim]:
     """Read a tau written by hand: a `TauFile`, or a mapping from tensors to retained channels."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path.read_bytes())
         if isinstance(content, Mapping) and "sites" not in content:
             content = {"sites": [{"dense": name, "dense_channels": kept} for name, kept in content.items()]}
         return list(TauFile.model_validate(content).sites)
@@ -93,9 +97,23 @@ def claims_of_file(path: Path) -> list[SiteClaim]:
 
 
 def claims_of_plan(plan: Mapping[str, Any], metadata: Mapping[str, str]) -> list[SiteClaim]:
-    """The retained channels of a plan file, placed as the compiled file's metadata says."""
-    channels = _channels(metadata)
-    return [_placed(s["tensor"], s["kept"], s["axis"], channels) for s in plan["sites"]]
+    """The retained channels of a plan file, placed as the compiled file's metadata says.
+
+    Raises
+    ------
+    UsageError
+        They are not what a plan has.
+    """
+    try:
+        channels = _channels(metadata)
+        return [_placed(s["tensor"], s["kept"], s["axis"], channels) for s in plan["sites"]]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UsageError(
+            "the plan cannot be read",
+            where="its sites, or the metadata of the compiled model",
+            why=str(error)[:400],
+            hint="give the .plan.json of this pair, or another tau with --tau",
+        ) from error
 
 
 def claims_of_metadata(metadata: Mapping[str, str]) -> list[SiteClaim] | None:
@@ -109,7 +127,7 @@ def claims_of_metadata(metadata: Mapping[str, str]) -> list[SiteClaim] | None:
     if METADATA + "tau" not in metadata:
         return None
     try:
-        tau = json.loads(metadata[METADATA + "tau"])
+        tau = parse(metadata[METADATA + "tau"])
         channels = _channels(metadata)
         return [_placed(name, kept, None, channels) for name, kept in tau.items()]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -122,7 +140,7 @@ def claims_of_metadata(metadata: Mapping[str, str]) -> list[SiteClaim] | None:
 
 
 def _channels(metadata: Mapping[str, str]) -> Mapping[str, tuple[int, list[int]]]:
-    found: Mapping[str, tuple[int, list[int]]] = json.loads(metadata.get(METADATA + "channels", "{}"))
+    found: Mapping[str, tuple[int, list[int]]] = parse(metadata.get(METADATA + "channels", "{}"))
     return found
 
 
@@ -160,8 +178,13 @@ def resolve(claims: Sequence[SiteClaim], origin: Origin, dense: Arrays, compiled
 def _resolve(claim: SiteClaim, dense: Arrays, compiled: Arrays) -> Correspondence:
     target = claim.compiled if claim.compiled is not None else claim.dense
     a, b = dense[claim.dense].shape, compiled[target].shape
+    numbered = claim.dense_channels, claim.compiled_channels
+    if not all(0 <= channel < MOST_CHANNELS for channels in numbered for channel in channels or ()):
+        raise _misfit(claim.dense, "channels are numbered from 0")
     kept = np.array(claim.dense_channels, dtype=np.int64)
     places = np.arange(len(kept)) if claim.compiled_channels is None else np.array(claim.compiled_channels, dtype=np.int64)
+    if not len(kept):
+        raise _misfit(claim.dense, "no channel is paired with any")
     if len(places) != len(kept):
         raise _misfit(claim.dense, f"{len(kept)} channels are paired with {len(places)}")
     if claim.dense_axis is None or claim.compiled_axis is None:

@@ -13,6 +13,7 @@ import safetensors.numpy
 from mscompile.calibration.statistics import Array, Curvature, Moments, Scale, Statistics, Window, WindowMoments
 from mscompile.errors import UsageError
 from mscompile.files import staged
+from mscompile.intake.documents import parse
 
 SCHEMA_VERSION = 2
 _MOMENTS = ("mean", "squares", "scatter", "shared", "low", "high")
@@ -66,7 +67,7 @@ def load_statistics(path: Path, *, model_sha256: str) -> Statistics:
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})["mscompile"])
+            header = parse((file.metadata() or {})["mscompile"])
             arrays: dict[str, Array] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no iterator
         if header["schema_version"] != SCHEMA_VERSION or header["model_sha256"] != model_sha256:
             raise UsageError(

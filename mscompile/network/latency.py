@@ -8,6 +8,7 @@ plus what the dense one takes besides. A table is as good as its operators stand
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -22,6 +23,7 @@ import onnxruntime as ort
 
 from mscompile.errors import ResourceError, UnsupportedError
 from mscompile.files import staged
+from mscompile.intake.documents import parse
 from mscompile.machine import cache_folder, processor
 from mscompile.network.costs import Costs, Counts
 from mscompile.network.sizes import quickest
@@ -62,10 +64,10 @@ class LatencyTable:
         name = "".join(c if c.isalnum() or c in "-." else "_" for c in f"latency-{machine}-ort{ort.__version__}.json")
         path = cache_folder() / name
         try:
-            entries = {str(key): float(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, AttributeError, TypeError):
-            entries = {}
-        return cls(path, entries)
+            found = {str(key): float(value) for key, value in parse(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError):
+            found = {}
+        return cls(path, {key: value for key, value in found.items() if 0.0 < value < math.inf})
 
     def save(self) -> str | None:
         """Write what was measured; gives the reason where that fails, since a cache is not worth an error."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 
 from mscompile.audit.report import AuditReport, LawFound
 from mscompile.errors import UsageError
+from mscompile.intake.documents import parse
 from mscompile.pages.drawing import Series, bars, lines, scatter
 from mscompile.report import Report
 from mscompile.verification.certificate import risk_bound, risk_floor
@@ -49,20 +49,33 @@ def render(path: Path, kind: Literal["html", "markdown"] | str) -> str:
     """
     try:
         content = path.read_bytes()
-        audit = json.loads(content).get("kind") == "audit"
+        audit = parse(content).get("kind") == "audit"
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(
             "the report cannot be read", where=str(path), why=str(error)[:400], hint="give a .report.json or .audit.json"
         ) from error
+    try:
+        return _rendered(content, kind, str(path), audit=audit)
+    except (LookupError, ArithmeticError, TypeError, ValueError, jinja2.UndefinedError) as error:
+        # Each number is as it may be; whether they go together is not known before they are shown.
+        raise UsageError(
+            "the report contradicts itself",
+            where=str(path),
+            why=f"{type(error).__name__}: {error}"[:400],
+            hint="it was changed since it was written: give the original",
+        ) from error
+
+
+def _rendered(content: bytes, kind: str, where: str, *, audit: bool) -> str:
     if audit:
-        certificate = AuditReport.parse(content, str(path))
+        certificate = AuditReport.parse(content, where)
         return audit_html(certificate) if kind == "html" else audit_markdown(certificate)
     try:
         report = Report.model_validate_json(content)
     except ValidationError as error:
         why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
         raise UsageError(
-            "this is no report of this version", where=str(path), why=why, hint="compile again, or use the version it names"
+            "this is no report of this version", where=where, why=why, hint="compile again, or use the version it names"
         ) from error
     return compile_html(report) if kind == "html" else compile_markdown(report)
 

@@ -28,6 +28,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mscompile.errors import DataError, ResourceError, UsageError
+from mscompile.intake.documents import parse
 from mscompile.machine import cache_folder, processor
 from mscompile.providers import chosen
 from mscompile.runs.locks import HELD, acquire, holder
@@ -171,7 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                entry = json.loads(line)
+                entry = parse(line)
                 found[entry.pop("name")] = entry
     return found
 
@@ -257,7 +258,7 @@ class Work:
             raise DataError(
                 "the data changed since the run that would be resumed",
                 where=source,
-                why=f"its sha256 was {known[:12]}… and is {data[:12]}…",
+                why=f"its sha256 was {str(known)[:12]}… and is {data[:12]}…",
                 hint="begin afresh with --no-resume; a script must yield the same samples every time",
             )
         begun.note("data", data)
