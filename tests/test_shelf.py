@@ -30,7 +30,7 @@ from mscompile.planning.plan import make_plan, resolve_keep
 from mscompile.planning.scores import score
 from mscompile.planning.selection import eliminate_by_score
 from mscompile.rewrite import rewrite
-from mscompile.runs import shelf
+from mscompile.runs import limits, shelf
 from tests import golden
 
 KIND = ["float32", "float64", "int64", "bool", "float16"]
@@ -70,6 +70,14 @@ def test_arrays_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monke
     del found, b
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_put_aside_is_not_memory_in_use(tmp_path: Path):
+    size = 1 << 26
+    before = limits._resident()
+    held = shelf.Shelf(tmp_path).put(np.ones(size // 8))
+    assert held.sum() == size // 8
+    assert limits._resident() - before < size // 4
 
 
 def test_little_is_not_put_aside(tmp_path: Path):

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import onnxruntime as ort
 
+from mscompile import runtime
 from mscompile.calibration.instrument import Instrument, Measure
 from mscompile.calibration.recording import Recording, cut, recordable
 from mscompile.calibration.statistics import Array, Curvature, Moments, Statistics, WindowMoments
@@ -26,9 +27,9 @@ from mscompile.errors import ResourceError, UsageError
 from mscompile.files import weight_bytes
 from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, Site
+from mscompile.runs import shelf
 from mscompile.runs.limits import gigabytes
 from mscompile.runs.run import ALONE, Run
-from mscompile.runs.shelf import Shelf
 from mscompile.runtime import Progress, no_progress
 
 GROUP_BYTES = 1 << 30
@@ -40,7 +41,7 @@ BYTES = 24
 MOST_PASSES = 16
 """Passes over the data that a site may take under a memory limit."""
 PROGRAM_BYTES, WEIGHT_COPIES = 1 << 28, 4
-"""What the program takes by itself; copies of the weights while a graph goes into onnxruntime."""
+"""What the program takes by itself; copies of the weights while a graph goes into onnxruntime, none of large ones."""
 
 
 def calibrate(
@@ -78,7 +79,7 @@ def calibrate(
         measure=vars(measure),
         memory=memory,
     )
-    shelf = run.work.shelf(_found(sites, measure, opset))
+    board = run.work.shelf(_found(sites, measure, opset))
     outputs = measure.outputs if measure.curvature != "none" else {}
     first = survey(scm, sites, next(samples.batches(batch_size)), min(batch_size, len(samples)), outputs)
     passes, together = _passes(scm, sites, samples, batch_size, measure, memory, first)
@@ -86,7 +87,7 @@ def calibrate(
     for number, (group, blocks) in enumerate(passes):
         if number in together:
             own = [site for other in together[number] for site in passes[other][0]]
-            recording = Recording(scm, own, samples, batch_size, measure, first, Shelf(run.work.root), progress)
+            recording = Recording(scm, own, samples, batch_size, measure, first, shelf.Shelf(run.work.root), progress)
         elif not any(number in others for others in together.values()):
             recording = None
         parts = [
@@ -103,7 +104,7 @@ def calibrate(
             )
             for i, block in enumerate(blocks)
         ]
-        part = _symmetric(_stacked(parts) if len(parts) > 1 else parts[0]).on(shelf)
+        part = _symmetric(_stacked(parts) if len(parts) > 1 else parts[0]).on(board)
         whole = part if whole is None else _side_by_side(whole, part)
     if whole is None:
         raise UsageError("there is no site to calibrate", where="sites", why="the list is empty", hint="name a site")
@@ -175,8 +176,10 @@ def _room(limit: int, scm: Scm, sites: Sequence[Site], samples: Samples, measure
         They would not do for the largest site in `MOST_PASSES` passes.
     """
     entries = [_entries(site, measure, opset) for site in sites]
-    found = sum(8 * (squares * site.size + features) for site, (squares, features) in zip(sites, entries, strict=True))
-    data, weights = sum(array.nbytes for array in samples.inputs.values()), WEIGHT_COPIES * weight_bytes(scm.model)
+    found, weights = _found(sites, measure, opset), weight_bytes(scm.model)
+    found = 0 if found > shelf.LARGE else found  # put aside
+    weights *= WEIGHT_COPIES if weights <= runtime.LARGE else 1
+    data = sum(array.nbytes for array in samples.inputs.values())
     largest = zip(sites, entries, strict=True)
     least = max(BYTES * (squares * -(-site.size // MOST_PASSES) + features) for site, (squares, features) in largest)
     if (needed := PROGRAM_BYTES + data + weights + found + least) > limit:
@@ -285,7 +288,7 @@ def _moments(site: Site, found: Mapping[str, Array], centre: Array, block: slice
     offset = found[name_of(site, "sum")] / count
     own = np.arange(site.size)[block or slice(None)]
     products = found.get(name_of(site, "products"))
-    scatter = None if products is None else products - count * np.outer(offset[own], offset)
+    scatter = None if products is None else _less(products, count, offset[own], offset)
     squares = np.zeros(site.size)
     if scatter is None:
         squares = np.maximum(found[name_of(site, "squares")] - count * offset**2, 0.0)
@@ -294,8 +297,15 @@ def _moments(site: Site, found: Mapping[str, Array], centre: Array, block: slice
     unknown = np.full(site.size, np.inf)
     low, high = found.get(name_of(site, "low"), -unknown), found.get(name_of(site, "high"), unknown)
     between = found.get(name_of(site, "shared"))
-    shared = None if between is None else between - count * np.outer(offset[own], offset)
+    shared = None if between is None else _less(between, count, offset[own], offset)
     return Moments(count, centre + offset, squares, scatter, shared, low, high)
+
+
+def _less(products: Array, count: int, a: Array, b: Array) -> Array:
+    """Sums of products less count · a bᵀ, in their place: fresh memory for large matrices takes longer than the sums."""
+    means = np.outer(a, b)
+    means *= count
+    return np.subtract(products, means, out=products if products.flags.writeable else None)
 
 
 def _curvature(site: Site, found: Mapping[str, Array], centre: Array, samples: int, share: float) -> Curvature:
@@ -310,5 +320,5 @@ def _curvature(site: Site, found: Mapping[str, Array], centre: Array, samples: i
         s22 + 2 * centre * s12 + centre**2 * s11,
         g1,
         g2 + centre * g1,
-        None if second is None else share * second,
+        None if second is None else np.multiply(second, share, out=second if second.flags.writeable else None),
     )

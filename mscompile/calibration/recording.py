@@ -25,7 +25,7 @@ from mscompile.runtime import Progress, Session, no_progress
 
 MOST = 4 << 30
 """Bytes recorded at a time: sites beyond it wait for another run of the network."""
-MOST_PER_BATCH = 1 << 28
+MOST_PER_BATCH = 1 << 27
 """Bytes recorded of a batch, which onnxruntime holds at once."""
 KINDS = {None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 """Element types of activations that are recorded; those not declared are float32."""

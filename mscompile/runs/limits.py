@@ -153,11 +153,12 @@ class Limits:
 
 
 def _resident() -> int:
-    """Bytes of this process and all that it started."""
+    """Bytes of this process and all that it started, without pages of mapped files where the system tells them apart."""
     own, total = psutil.Process(), 0
     for process in (own, *own.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
-            total += process.memory_info().rss
+            used = process.memory_info()
+            total += used.rss - getattr(used, "shared", 0)
     return total
 
 
