@@ -278,11 +278,13 @@ CANONICALISE = ir.passes.Sequential(
     FoldParameters(),
     FoldShapes(),
     FoldParameters(),
+    common.RemoveUnusedNodesPass(),  # what is left of computing shapes would count as use
     SpellOutSplits(),
     SpellOutAttention(),
     StateScales(),
-    ShortenMovement(),
     PartBeforeHeads(),
+    ShortenMovement(),
+    PartBeforeHeads(),  # shorter chains show more
     ApplyBeforeHeads(),
     ShortenMovement(),
     common.RemoveUnusedNodesPass(),

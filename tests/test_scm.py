@@ -244,6 +244,28 @@ READ = {
         }""",
         ["a: h[1] 8 > y ! 'h' has no known rank"],
     ),
+    "samples on another axis": (
+        """(float[N,5,4] x) => (float[N,5,3] y) <float[4,8] w1, float[8,3] w2> {
+            t = Transpose<perm=[1,0,2]>(x)
+            h = MatMul(t, w1)
+            z = MatMul(h, w2)
+            y = Transpose<perm=[1,0,2]>(z)
+        }""",
+        ["a: h[2] 8 > z ! 'h' holds the samples on axis 1"],
+    ),
+    "positions and samples on one axis": (
+        """(float[N,5,4] x) => (float[M,3] y, float[M,3] z)
+        <float[4,8] w1, float[8,3] w2, float[4,8] w3, float[8,3] w4, int64[2] flat = {-1, 4}> {
+            r = Reshape(x, flat)
+            g = MatMul(r, w3)
+            z = MatMul(g, w4)
+            t = Transpose<perm=[1,0,2]>(x)
+            p = Reshape(t, flat)
+            h = MatMul(p, w1)
+            y = MatMul(h, w2)
+        }""",
+        ["a: g[1] 8 > z", "b: h[1] 8 > y ! 'h' holds positions and samples on one axis, positions first"],
+    ),
     "a bias alone begins no units where the input may be as wide": (
         """(float[N,C] x) => (float[N,3] y) <float[8] b, float[8,3] w> {
             h = Add(x, b)

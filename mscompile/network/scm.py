@@ -170,22 +170,22 @@ EINSUM = 12
 
 
 def _shape_like(graph: ir.Graph) -> None:
-    """Put an Identity or Einsum, which onnx knows the shapes of, in place of nodes that the table says are alike in this."""
+    """Put nodes that onnx knows the shapes of in place of those that the table says are alike in this."""
     graph.opset_imports.setdefault("", EINSUM)  # which models of other domains alone need not import
     for node in list(graph):
-        row, old = declared(node), node.outputs[0]
+        row = declared(node)
         like = None if row is None else row.like(node) if callable(row.like) else row.like
         if like is None or (isinstance(like, str) and graph.opset_imports.get("", 1) < EINSUM):
             continue
-        new = ir.Value(name=old.name, shape=old.shape, type=old.type)
         if isinstance(like, int):
-            stand_in = ir.node("Identity", [node.inputs[like]], outputs=[new])
-        else:
-            operands = node.inputs[: like.count(",") + 1]
-            stand_in = ir.node("Einsum", operands, {"equation": like}, outputs=[new])
-        graph.insert_before(node, stand_in)
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        old.name = f"{old.name}.unknown"
+            like = [ir.node("Identity", [node.inputs[like]])]
+        elif isinstance(like, str):
+            like = [ir.node("Einsum", node.inputs[: like.count(",") + 1], {"equation": like})]
+        for old, stand_in in zip(node.outputs, like, strict=False):
+            new, name = stand_in.outputs[0], old.name
+            new.shape, new.type, old.name, new.name = old.shape, old.type, f"{name}.unknown", name
+            graph.insert_before(node, stand_in)
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def size_of(dim: int | ir.SymbolicDimProtocol) -> Dim:
@@ -210,6 +210,7 @@ def read_scm(model: ir.Model) -> Scm:
     apart: set[ir.Value] = set()
     while True:  # until it is known of which rows no part can go, and what goes with heads
         walk = Walk(shapes, model.graph.opset_imports.get("", 1), whole=whole, refused=refused, apart=apart)
+        walk.begin(model.graph.inputs)
         for node in model.graph:
             walk.visit(node)
         for value in model.graph.outputs:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mscompile.network.flow import Meeting, Read, Refusal, Slot, Walk, label
+from mscompile.network.flow import MIXED, Meeting, Read, Refusal, Slot, Walk, label
 from mscompile.network.units import components
 from mscompile.operators import DIALECT, OUT, IntArray, Port, Signature, is_parameter
 
@@ -241,7 +241,10 @@ def _irregular(walk: Walk, tensor: ir.Value, axis: int, axes: Sequence[int]) -> 
         return "is read on several of its axes"
     if tensor.name not in walk.shapes:
         return "has no known rank"
-    return None
+    samples = walk.samples.get(tensor, 0)
+    if samples == MIXED:
+        return "holds positions and samples on one axis, positions first"
+    return f"holds the samples on axis {samples}" if samples else None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -263,8 +263,8 @@ class Operator:
     reverse
         Reverse-mode rule; where it is not set, curvature cannot pass the operator.
     like
-        Operand whose shape the output has, or equation of an Einsum of the first operands whose shape it has, for operators
-        that onnx knows no shapes of.
+        Operand whose shape the output has, or equation of an Einsum of the first operands whose shape it has, or nodes whose
+        outputs have the shapes of the outputs, for operators that onnx knows no shapes of.
     """
 
     name: str
@@ -272,4 +272,4 @@ class Operator:
     domain: str = ""
     macs: Callable[[NodeView], int] | None = None
     reverse: Reverse | None = None
-    like: int | Callable[[ir.Node], int | str | None] | None = None
+    like: int | Callable[[ir.Node], int | str | Sequence[ir.Node] | None] | None = None

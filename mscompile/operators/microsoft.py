@@ -56,6 +56,13 @@ def skip_normalisation(node: NodeView) -> Signature | str:
     return Signature(links, mixes="normalises across this axis")
 
 
+def embedded(node: ir.Node) -> list[ir.Node]:
+    """What has the shapes of EmbedLayerNormalization's outputs: rows of the table of words, and a number per sample."""
+    words = ir.node("Gather", [node.inputs[2], node.inputs[0]])
+    numbers = ir.node("ArgMax", [node.inputs[0]], {"axis": 1, "keepdims": 0})
+    return [words, numbers, ir.node("Identity", [words.outputs[0]])]
+
+
 def fused_macs(node: NodeView) -> int:
     """Each output element takes one row of the left operand."""
     inner = node.shape(0)[-2 if node.attribute("transA", 0) else -1]  # type: ignore[index]
@@ -122,6 +129,11 @@ def skip_layer_normalisation_reverse(b: Backward) -> Mapping[int, ir.Value] | st
     return dict.fromkeys(b.wanted, gradient)
 
 
+def no_tables(b: Backward) -> Mapping[int, ir.Value] | str:
+    """Nothing for what is embedded, which is numbers of words."""
+    return "computes its tables" if b.wanted else {}
+
+
 _PACKED = "packs projections, heads and softmax into one operator"
 _ATTENTION = "PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention"
 _OTHER = "RotaryEmbedding SkipSimplifiedLayerNormalization SimplifiedLayerNormalization"
@@ -135,6 +147,9 @@ ROWS = (
     ),
     Operator("FusedMatMul", fused_matmul, domain=DOMAIN, macs=fused_macs, reverse=fused_matmul_reverse, like=_product),
     Operator("SkipLayerNormalization", skip_normalisation, domain=DOMAIN, reverse=skip_layer_normalisation_reverse, like=0),
+    Operator(
+        "EmbedLayerNormalization", Barrier("normalises across this axis"), domain=DOMAIN, reverse=no_tables, like=embedded
+    ),
     *(Operator(name, Barrier(_PACKED), domain=DOMAIN) for name in _ATTENTION.split()),
     *(Operator(name, Barrier(f"has no declaration (domain {DOMAIN})"), domain=DOMAIN, like=0) for name in _OTHER.split()),
 )

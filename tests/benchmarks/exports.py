@@ -1,9 +1,11 @@
 """What can be cut of the same networks as different exporters write them.
 
-    python tests/benchmarks/exports.py [--only NAME]...
+    python tests/benchmarks/exports.py [--only NAME]... [--optimise] [--compile]
 
-Untrained networks in torch are exported by TorchScript (opsets 11 to 17) and by ``dynamo`` (18 to 23), with a free batch
-dimension, and inspected. One line each: sites that can be cut, of all, and the share of the weight elements on them.
+The untrained networks of ``networks.py`` are exported by TorchScript (opsets 11 to 17) and by ``dynamo`` (18 to 23), with a
+free batch dimension, and inspected. One line each: sites that can be cut, of all, and the share of the weight elements on
+them; with ``--compile`` also parameters left and fold error where half of every site is kept. ``--optimise`` has
+onnxruntime's own optimiser for transformers rewrite each file first.
 """
 
 from __future__ import annotations
@@ -11,125 +13,99 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from candidates import table
+from networks import NETWORKS
 from torch import Tensor, nn
 
-from mscompile.models.architectures import ARCHITECTURES
+import mscompile
 from mscompile.network.dense import open_dense
 from mscompile.network.inspection import inspect_scm
 
 OPSETS = ((False, 11), (False, 13), (False, 17), (True, 18), (True, 20), (True, 23))
 """Whether by dynamo, and the opset."""
+HEADS, WIDTH = 4, 32
+"""Of the transformers among the networks, but the reference ones."""
 
 
-class Encoder(nn.Module):
-    """Two of torch's own encoder layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, activation="gelu")
-        self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x).mean(1))
-
-
-class Packed(nn.Module):
-    """Self-attention with one projection for queries, keys and values, by torch's fused function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.packed, self.out, self.head = (
-            nn.LayerNorm(32),
-            nn.Linear(32, 96),
-            nn.Linear(32, 32),
-            nn.Linear(32, 5),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        query, key, value = self.packed(self.norm(x)).reshape(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
-        seen = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.head((x + self.out(seen.transpose(1, 2).reshape(batch, length, width))).mean(1))
-
-
-class Grouped(nn.Module):
-    """Grouped-query attention: two heads of keys and values for four of queries; then a gated feed-forward layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(32)
-        self.query, self.key, self.value = (nn.Linear(32, n, bias=False) for n in (32, 16, 16))
-        self.out, self.gate, self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
-        self.head = nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        (batch, length, width), seen = x.shape, self.norm(x)
-        query = self.query(seen).view(batch, length, 4, 8).transpose(1, 2)
-        key, value = (
-            layer(seen).view(batch, length, 2, 8).transpose(1, 2)[:, :, None].expand(batch, 2, 2, length, 8)
-            for layer in (self.key, self.value)
-        )
-        key, value = (part.reshape(batch, 4, length, 8) for part in (key, value))
-        weights = (query @ key.transpose(-1, -2) * 8**-0.5).softmax(-1)
-        x = x + self.out((weights @ value).transpose(1, 2).reshape(batch, length, width))
-        return self.head((x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))).mean(1))
-
-
-NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet": (ARCHITECTURES["resnet"].build, (2, 1, 28, 28)),
-    "vit": (ARCHITECTURES["vit"].build, (2, 1, 28, 28)),
-    "nn.TransformerEncoder": (Encoder, (2, 10, 32)),
-    "packed projection": (Packed, (2, 10, 32)),
-    "grouped-query, gated": (Grouped, (2, 10, 32)),
-}
-
-
-def exported(model: nn.Module, x: Tensor, file: Path, *, dynamo: bool, opset: int) -> None:
+def exported(model: nn.Module, inputs: tuple[Tensor, ...], file: Path, *, dynamo: bool, opset: int) -> None:
     """Write a network with a free batch dimension."""
-    names = {"input_names": ["x"], "output_names": ["y"]}
+    names = [f"x{i}" for i in range(len(inputs))]
+    how = {"input_names": names, "output_names": ["y"], "opset_version": opset}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if dynamo:
-            free = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(
-                model, (x,), str(file), opset_version=opset, dynamo=True, external_data=False, dynamic_shapes=free, **names
-            )
+            free = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+            torch.onnx.export(model, inputs, str(file), dynamo=True, external_data=False, dynamic_shapes=free, **how)
         else:
-            torch.onnx.export(
-                model, (x,), str(file), opset_version=opset, dynamo=False, dynamic_axes={"x": {0: "batch"}}, **names
-            )
+            free = {name: {0: "batch"} for name in (*names, "y")}
+            torch.onnx.export(model, inputs, str(file), dynamo=False, dynamic_axes=free, **how)
 
 
-def cell(name: str, folder: Path, *, dynamo: bool, opset: int) -> str:
+def optimised(file: Path, heads: int, width: int) -> Path:
+    """The file as onnxruntime's optimiser for transformers rewrites it, in a process of its own: it imports bare names."""
+    found = file.with_suffix(".optimised.onnx")
+    given = ["--input", str(file), "--output", str(found), "--model_type", "bert"]
+    given += ["--num_heads", str(heads), "--hidden_size", str(width)]
+    command = [sys.executable, "-m", "onnxruntime.transformers.optimizer", *given]
+    subprocess.run(command, check=True, capture_output=True, cwd=file.parent)
+    return found
+
+
+def made_up(inputs: tuple[Tensor, ...], samples: int = 200) -> dict[str, np.ndarray]:
+    """As many samples like these: normal numbers, or whole ones up to the largest there is."""
+    rng = np.random.default_rng(0)
+    return {
+        f"x{i}": rng.standard_normal((samples, *x.shape[1:])).astype(np.float32)
+        if x.is_floating_point()
+        else rng.integers(0, int(x.max()) + 1, (samples, *x.shape[1:]))
+        for i, x in enumerate(inputs)
+    }
+
+
+def cell(name: str, folder: Path, *, dynamo: bool, opset: int, optimise: bool, whole: bool) -> str:
     """What can be cut of one export."""
-    build, shape = NETWORKS[name]
-    file = folder / f"{name}.{opset}.onnx"
+    build, make = NETWORKS[name]
+    file, inputs = folder / f"{name}.{opset}.onnx", make()
+    torch.manual_seed(0)
     try:
-        exported(build().eval(), torch.randn(*shape), file, dynamo=dynamo, opset=opset)
+        exported(build().eval(), inputs, file, dynamo=dynamo, opset=opset)
     except torch.onnx.errors.OnnxExporterError as error:
         return type(error).__name__
+    if optimise:
+        file = optimised(file, HEADS, WIDTH)
     inspection = inspect_scm(open_dense(file).scm)
     found = list(inspection.left_alone.values())
-    return f"{sum(reason is None for reason in found)}/{len(found)}, {inspection.reachable:.3f}"
+    said = f"{sum(reason is None for reason in found)}/{len(found)}, {inspection.reachable:.3f}"
+    if not whole:
+        return said
+    options = mscompile.Options(keep=0.5, probes=1, recalibrate=False)
+    report = mscompile.compile_model(file, made_up(inputs), None, options).report
+    return f"{said}, {report.sizes.compiled.params / report.sizes.dense.params:.3f}, {report.fold_error:.0e}"
 
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--only", multiple=True, type=click.Choice([*NETWORKS]), help="Networks; all by default.")
-def main(only: tuple[str, ...]) -> None:
+@click.option("--optimise", is_flag=True, help="Have onnxruntime's optimiser rewrite each file first.")
+@click.option("--compile", "whole", is_flag=True, help="Compile each, half of every site kept.")
+def main(only: tuple[str, ...], optimise: bool, whole: bool) -> None:
     """Print the table."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     head = ["network", *(f"{'dynamo' if dynamo else 'TorchScript'} {opset}" for dynamo, opset in OPSETS)]
     with tempfile.TemporaryDirectory() as folder:
         rows = [
-            [name, *(cell(name, Path(folder), dynamo=dynamo, opset=opset) for dynamo, opset in OPSETS)]
+            [
+                name,
+                *(cell(name, Path(folder), dynamo=d, opset=opset, optimise=optimise, whole=whole) for d, opset in OPSETS),
+            ]
             for name in (only or NETWORKS)
         ]
     print(table(head, rows))
