@@ -1,13 +1,14 @@
-"""A compile that is killed leaves the old output or the new one, no lock, and what the next run goes on with."""
+"""A compile or an audit that is killed leaves the old output or the new one, no lock, and what the next run goes on with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.kills import kill
+from benchmarks.kills import SUBJECTS, kill
 
 
 def test_kills(tmp_path: Path):
-    found = kill(2, 1, tmp_path)
-    assert found.bad == 0
-    assert sum(found.codes.values()) == 2
+    for name, given in (("compile", None), ("audit", tmp_path / "compile-fresh")):
+        found = kill(SUBJECTS[name], 1, 1, tmp_path, given=given)
+        assert found.bad == 0
+        assert sum(found.codes.values()) == sum(found.stages.values()) == 1

@@ -1,8 +1,10 @@
-"""Kill a compile at random points: the output is the old one or the new one, and the run that goes on gives the same bytes.
+"""Kill compiles and audits in the midst of what they do: there is the old output or the new, and who goes on gives the same.
 
     python tests/benchmarks/kills.py --kills 100
 
-Prints one line per kill that fails, and a summary.
+A run is watched from outside: what is in its work folder and beside its output tells what it is at. For each kill one of
+these stages is drawn, and a moment in it, from how long it takes in a run that is left alone. Prints one line per kill that
+breaks a promise, how many fell in which stage, and a summary.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +30,70 @@ import onnx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_models import mlp, samples
 
-COMMAND = ("m.onnx", "--keep", "0.5", "--batch-size", "2", "-q", "--force", "-o", "out.onnx", "--work", "w")
-OUTPUTS = ("out.onnx", "out.plan.json")
-"""What must be the same bytes; a report holds times."""
 SIGNALS = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 SECONDS = 300.0
 """Longest that a run may take."""
+LOOK_SECONDS = 0.001
+"""Between looks at what a run is at."""
+START = "start-up"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is killed.
+
+    Attributes
+    ----------
+    outputs
+        What must be the same bytes, and is the old or the new at any time; a report holds times.
+    more
+        What else is there in the end.
+    stages
+        What a run is at, by what is seen first then; the last that is seen counts.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    outputs: tuple[str, ...]
+    more: frozenset[str]
+    stages: dict[str, str]
+
+
+DRAFT = ".out.*.????????"
+WORK = ("--batch-size", "2", "-q", "--force", "--work", "w")
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject(
+            "compile",
+            ("m.onnx", "--keep", "0.5", "-o", "out.onnx", *WORK),
+            ("out.onnx", "out.plan.json"),
+            frozenset({"out.report.json"}),
+            {"reading": "w/run-*", "calibrating": "w/calibrate-*", "searching": "w/search-*", "writing": DRAFT},
+        ),
+        Subject(
+            "audit",
+            ("audit", "m.onnx", "s.onnx", "--data", "a.npz", "--table", "32", "-o", "out.audit.json", *WORK),
+            ("out.audit.json", "out.audit.counterexample"),
+            frozenset(),
+            {
+                "preparing": "w/run-*",
+                "trying": "w/interchange-*",
+                "explaining": "w/calibrate-*",
+                "writing": ".out.*.????????",
+            },
+        ),
+    )
+}
 
 
 @dataclass
 class Found:
     """What became of the kills."""
 
-    codes: Counter[str]
+    codes: Counter[str] = field(default_factory=Counter)
+    stages: Counter[str] = field(default_factory=Counter)
     corrupted: int = 0
     odd: int = 0
     locked: int = 0
@@ -54,96 +107,161 @@ class Found:
         return self.corrupted + self.odd + self.locked + self.different + self.left
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    """Start the compile."""
+def start(subject: Subject, folder: Path) -> subprocess.Popen[str]:
+    """Start a run."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mscompile", *COMMAND]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # In the background a shell may have told us to ignore interrupts, which a child would inherit.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)  # type: ignore[call-overload]
-    signal.signal(signal.SIGINT, previous)
-    return process
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom mscompile.cli import main; main()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", heard, *subject.command]
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Sha256 of each output that is there."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in OUTPUTS if (folder / name).exists()}
+def digest(path: Path) -> str | None:
+    """Sha256 of a file, or of all that is in a folder; None where there is neither."""
+    if path.is_dir():
+        return "".join(f"{file.name} {digest(file)}\n" for file in sorted(path.iterdir()))
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
-def prepare(folder: Path) -> None:
-    """A model, its data, and an old output of another size."""
+def digests(subject: Subject, folder: Path) -> dict[str, str | None]:
+    """Of each output."""
+    return {name: digest(folder / name) for name in subject.outputs}
+
+
+def prepare(subject: Subject, folder: Path, given: Path | None) -> None:
+    """Models, data, and an old output of another size; `given` is where a compiled model is."""
     onnx.save(mlp(), folder / "m.onnx")
     np.savez(folder / "m.calib.npz", x=np.concatenate([samples(seed=i) for i in range(4)]))
-    for name in OUTPUTS:
-        (folder / name).write_bytes(b"old")
+    np.savez(folder / "a.npz", x=np.concatenate([samples(seed=i) for i in range(10, 16)]))
+    if given is not None:
+        shutil.copy(given / "out.onnx", folder / "s.onnx")
+    for name in subject.outputs:
+        if name.endswith("counterexample"):
+            (folder / name).mkdir()
+            (folder / name / "replay.py").write_bytes(b"old")
+        else:
+            (folder / name).write_bytes(b"old")
 
 
-def kill(kills: int, seed: int, folder: Path) -> Found:
+def stage_of(subject: Subject, folder: Path) -> str:
+    """What a run is at, as far as can be seen."""
+    at = START
+    for stage, pattern in subject.stages.items():
+        at = stage if any(True for _ in folder.glob(pattern)) else at
+    return at
+
+
+def watched(subject: Subject, folder: Path) -> dict[str, float]:
+    """Seconds of each stage of a run that is left alone."""
+    process, seconds, last = start(subject, folder), Counter[str](), time.monotonic()
+    while process.poll() is None:
+        now = time.monotonic()
+        seconds[stage_of(subject, folder)] += now - last  # type: ignore[assignment]
+        last = now
+        time.sleep(LOOK_SECONDS)
+    assert process.returncode in (0, 5, 6), process.communicate()[1]
+    process.communicate()
+    return dict(seconds)
+
+
+def kill(subject: Subject, kills: int, seed: int, folder: Path, *, given: Path | None = None, jobs: int = 1) -> Found:
     """Run unbroken once, then kill again and again, and go on after each."""
-    rng, found = random.Random(seed), Found(Counter())
-    fresh = folder / "fresh"
+    found, fresh = Found(), folder / f"{subject.name}-fresh"
     fresh.mkdir()
-    prepare(fresh)
+    prepare(subject, fresh, given)
     began = time.monotonic()
-    process = start(fresh)
-    assert process.wait(SECONDS) == 0, process.communicate()[1]
-    whole = time.monotonic() - began
-    wanted = digests(fresh)
-    for number in range(kills):
-        place = folder / f"{number}"
-        place.mkdir()
-        prepare(place)
-        old = digests(place)
-        process = start(place)
-        chosen = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
-        if number % 2:  # half of them at any time, half of them once something is kept
-            while process.poll() is None and not list(place.glob("w/calibrate-*/journal.jsonl")):
-                time.sleep(0.01)
-        try:
-            process.wait(rng.uniform(0.0, 0.5 if number % 2 else 1.05) * whole)
-        except subprocess.TimeoutExpired:
-            process.send_signal(chosen)
-        _, err = process.communicate(timeout=SECONDS)
-        found.codes[f"{chosen.name} {process.returncode}"] += 1
-        now = digests(place)
-        half = [name for name in OUTPUTS if now.get(name) not in (old[name], wanted[name])]
-        # Before our handlers are there, signals end Python itself.
-        odd = process.returncode not in (0, CODES[chosen], -chosen)
-        found.corrupted, found.odd = found.corrupted + bool(half), found.odd + odd
-        if half or odd:
-            print(f"kill {number}: {chosen.name} {process.returncode} {half} {err[-400:]}")
-        process = start(place)
-        out, err = process.communicate(timeout=SECONDS)
-        found.locked += "another run" in err
-        if process.returncode or digests(place) != wanted:
-            found.different += 1
-            print(f"kill {number}: resumed to {process.returncode} {digests(place)} {out} {err[-400:]}")
-        kept = {"m.onnx", "m.calib.npz", "w", "cache", "out.report.json", *OUTPUTS}
-        if left := {path.name for path in place.iterdir()} - kept:
-            found.left += 1
-            print(f"kill {number}: {sorted(left)} are left")
-        found.resumed += '"reused": []' not in (place / "out.report.json").read_text(encoding="utf-8")
-        shutil.rmtree(place)
+    seconds = watched(subject, fresh)
+    print(
+        f"{subject.name}: {time.monotonic() - began:.1f} s unbroken, of which "
+        + ", ".join(f"{stage} {length * 1e3:.0f} ms" for stage, length in seconds.items())
+    )
+    wanted = digests(subject, fresh)
+    with ThreadPoolExecutor(jobs) as turns:
+        for _ in turns.map(lambda n: _kill(subject, n, seed, folder, given, seconds, wanted, found), range(kills)):
+            pass
     return found
+
+
+def _kill(
+    subject: Subject,
+    number: int,
+    seed: int,
+    folder: Path,
+    given: Path | None,
+    seconds: dict[str, float],
+    wanted: dict[str, str | None],
+    found: Found,
+) -> None:
+    rng = random.Random(f"{subject.name} {seed} {number}")
+    place = folder / f"{subject.name}-{number}"
+    place.mkdir()
+    prepare(subject, place, given)
+    old = digests(subject, place)
+    chosen = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+    # A tenth of all falls before anything is kept; the others are for each stage alike, however short.
+    stages = [stage for stage in seconds if stage != START] or [START]
+    aimed = START if rng.random() < 0.1 else stages[number % len(stages)]
+    moment = rng.uniform(0.0, seconds[aimed])
+    process = start(subject, place)
+    order = [START, *subject.stages]
+    while process.poll() is None and order.index(stage_of(subject, place)) < order.index(aimed):
+        time.sleep(LOOK_SECONDS)
+    try:
+        process.wait(moment)
+        at = "ended before"
+    except subprocess.TimeoutExpired:
+        at = stage_of(subject, place)
+        process.send_signal(chosen)
+    _, err = process.communicate(timeout=SECONDS)
+    found.stages[at] += 1
+    found.codes[f"{chosen.name} {process.returncode}"] += 1
+    now = digests(subject, place)
+    half = [name for name in subject.outputs if now[name] not in (old[name], wanted[name])]
+    half = [name for name in half if now[name] is not None or not name.endswith("counterexample")]
+    # Before our handlers are there, signals end Python itself.
+    odd = process.returncode not in (0, 5, 6, CODES[chosen], -chosen)
+    found.corrupted, found.odd = found.corrupted + bool(half), found.odd + odd
+    if half or odd:
+        print(f"{subject.name} {number}, {at}: {chosen.name} {process.returncode} {half} {err[-400:]}")
+    process = start(subject, place)
+    out, err = process.communicate(timeout=SECONDS)
+    found.locked += "another run" in err
+    if process.returncode not in (0, 5, 6) or digests(subject, place) != wanted:
+        found.different += 1
+        print(f"{subject.name} {number}, {at}: resumed to {process.returncode} {digests(subject, place)} {out} {err[-400:]}")
+    known = {"m.onnx", "m.calib.npz", "a.npz", "s.onnx", "w", "cache", *subject.outputs, *subject.more}
+    if left := {path.name for path in place.iterdir()} - known:
+        found.left += 1
+        print(f"{subject.name} {number}, {at}: {sorted(left)} are left")
+    report = place / "out.report.json"
+    found.resumed += report.exists() and '"reused": []' not in report.read_text(encoding="utf-8")
+    shutil.rmtree(place)
 
 
 def main() -> None:
     """Kill, and say what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="in all, two of three of compiles")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = kill(options.kills, options.seed, Path(folder))
-    print(", ".join(f"{code}: {count}" for code, count in sorted(found.codes.items())))
-    print(
-        f"{options.kills} kills: {found.corrupted} corrupted outputs, {found.odd} unexpected exit codes, {found.locked} "
-        f"stale locks, {found.different} resumed runs with other bytes, {found.left} with files left behind; "
-        f"{found.resumed} went on from what was kept"
-    )
-    sys.exit(found.bad > 0)
+    bad = 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name, kills in (("compile", options.kills - options.kills // 3), ("audit", options.kills // 3)):
+            given = folder / "compile-fresh" if name == "audit" else None
+            found = kill(SUBJECTS[name], kills, options.seed, folder, given=given, jobs=options.jobs)
+            bad += found.bad
+            print("  killed when " + ", ".join(f"{stage}: {count}" for stage, count in found.stages.most_common()))
+            print("  signal, exit code: " + ", ".join(f"{code}: {count}" for code, count in sorted(found.codes.items())))
+            print(
+                f"  {kills} kills: {found.corrupted} corrupted outputs, {found.odd} unexpected exit codes, {found.locked} "
+                f"stale locks, {found.different} resumed runs with other bytes, {found.left} with files left behind"
+                + (f"; {found.resumed} went on from what was kept" if name == "compile" else "")
+            )
+    sys.exit(bad > 0)
 
 
 if __name__ == "__main__":
