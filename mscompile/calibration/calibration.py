@@ -248,7 +248,7 @@ def _pass(
     total: Callable[[Summation, Callable[[], Shards]], dict[str, Array]],
 ) -> Statistics:
     trip = None if recording is None else recording.trip(sites)
-    given = [] if trip is None else [value.name or "" for value in trip.model.graph.inputs]
+    given = [] if trip is None else [v.name or "" for v in trip.model.graph.inputs if not v.is_initializer()]
     instrument = Instrument(scm, sites, first, measure, len(samples), trip)
 
     def shards() -> Shards:
