@@ -22,6 +22,7 @@ from mscompile.network.dense import DenseModel, open_dense
 from mscompile.network.latency import LatencyTable
 from mscompile.network.scm import read_scm
 from mscompile.network.sizes import count_macs, count_parameters
+from mscompile.network.units import Block
 from mscompile.operators.backward import FLOATS
 from mscompile.planning.plan import Plan, make_plan, selectable
 from mscompile.planning.preparation import eliminate, what_to_measure
@@ -29,7 +30,7 @@ from mscompile.planning.scores import score
 from mscompile.planning.selection import Elimination, retained_units, without_carriers
 from mscompile.rewrite import rewrite
 from mscompile.search.frontier import ENOUGH, ladder
-from mscompile.search.goals import Curve, descend, make_curve, probed, reach, widths
+from mscompile.search.goals import Curve, descend, distinct, make_curve, probed, reach, widths
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +132,25 @@ def test_descent_goes_where_risk_rises_least_for_what_is_saved() -> None:
     path = list(descend(CURVES, weight))
     assert [counts for counts, _ in path] == [{0: 8, 1: 6}, {0: 4, 1: 6}, {0: 2, 1: 6}, {0: 2, 1: 3}]
     assert [total for _, total in path] == [weight(counts, None) for counts, _ in path]
+
+
+def test_descent_passes_over_widths_that_save_nothing() -> None:
+    curves = {0: Curve((8, 7, 6, 5, 4), (0.0, 1.0, 1.5, 3.0, 4.0)), 1: Curve((8, 4), (0.0, 100.0))}
+
+    def paired(counts: Any, group: int | None) -> float:  # of group 0 two go at a time
+        parts = {0: -(-counts.get(0, 8) // 2), 1: counts.get(1, 8)}
+        return float(sum(parts.values()) if group is None else parts[group])
+
+    path = [counts for counts, _ in descend(curves, paired)]
+    assert path == [{0: 8, 1: 8}, {0: 6, 1: 8}, {0: 4, 1: 8}, {0: 4, 1: 4}]
+
+
+def test_widths_that_leave_as_many_units_are_one() -> None:
+    heads = [Block(np.arange(12).reshape(3, 4), np.arange(3))]
+    asked = np.arange(12, 1, -1)
+    left = [len(retained_units(np.arange(12), int(count), heads, [])) for count in asked]
+    assert left == [12, 12, 9, 9, 9, 6, 6, 6, 3, 3, 3]  # rows stay equally large: three units go at a time
+    assert distinct(asked, left).tolist() == [12, 9, 6, 3]
 
 
 @pytest.mark.parametrize("goal", [146, 82, 81, 60, 50, 35])

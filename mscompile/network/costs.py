@@ -141,6 +141,10 @@ class Costs:
             self._widths[key] = full if left is None else left
         return self._widths[key]
 
+    def left(self, group: int, count: int) -> int:
+        """Units left of a group that is asked to keep so many: more where rows must stay equally large."""
+        return len(self.orders[group]) - len(self._gone(group, count))
+
     def _gone(self, group: int, count: int) -> IntArray:
         if (group, count) not in self._dead:
             order, sites = self.orders[group], [site for site in self.scm.sites if site.group == group]

@@ -17,7 +17,7 @@ from mscompile.planning.scores import measured_risk, predictable
 from mscompile.runs.work import digest
 from mscompile.runtime import Arrays
 from mscompile.search.candidates import Workshop
-from mscompile.search.goals import Cost, Curve, descend, make_curve, probed, reach, widths
+from mscompile.search.goals import Cost, Curve, descend, distinct, make_curve, probed, reach, widths
 from mscompile.search.sweep import Point, Sweep
 from mscompile.verification.metrics import METRICS
 
@@ -91,6 +91,7 @@ class Frontier:
                     workshop.eliminations.items(), "measure risks", len(source.groups)
                 ):
                     counts = widths(source.groups[group], len(elimination.order), source.ranks, aligned=aligned)
+                    counts = distinct(counts, [self.costs.left(group, int(count)) for count in counts])
                     measured = self._kept_risks(group, probed(counts))
                     found[group] = make_curve(elimination, counts, workshop.carriers(group), measured)
             self._curves[aligned] = found

@@ -67,6 +67,15 @@ def widths(sites: Sequence[Site], units: int, ranks: Mapping[str, int], *, align
     return np.array(found if units > least else [units], dtype=np.int64)
 
 
+def distinct(counts: IntArray, left: Sequence[int]) -> IntArray:
+    """Of widths asked for that leave as many units (heads go row by row), the one that comes nearest to what is left."""
+    nearest: dict[int, int] = {}
+    for count, units in zip(counts.tolist(), left, strict=True):
+        if units not in nearest or abs(count - units) < abs(nearest[units] - units):
+            nearest[units] = count
+    return np.array(sorted(nearest.values(), reverse=True), dtype=np.int64)
+
+
 def probed(counts: IntArray) -> IntArray:
     """The widths at which the risk of a group is measured."""
     near = {int(np.abs(counts - share * counts[0]).argmin()) for share in PROBED} - {0}
@@ -114,28 +123,26 @@ def _lower_hull(x: Array, y: Array) -> list[int]:
 def descend(curves: Mapping[int, Curve], cost: Cost) -> Iterator[tuple[dict[int, int], float]]:
     """Widths step by step, from the whole model to the narrowest, with what each costs.
 
-    At each step that group goes to its next width for which risk rises least per cost saved.
+    At each step that group goes to its next width that saves anything for which risk rises least per cost saved.
     """
     at = dict.fromkeys(curves, 0)
     counts = {group: curve.counts[0] for group, curve in curves.items()}
     total = cost(counts, None)
     yield dict(counts), total
     while True:
-        best: tuple[float, int, float] | None = None
+        best: tuple[float, int, int, float] | None = None
         for group, curve in curves.items():
-            place = at[group]
-            if place + 1 == len(curve.counts):
-                continue
-            saved = cost(counts, group) - cost({**counts, group: curve.counts[place + 1]}, group)
-            if saved <= 0:
-                saved = float(np.finfo(np.float64).tiny)
-            price = (curve.risk[place + 1] - curve.risk[place]) / saved
-            if best is None or price < best[0]:
-                best = price, group, saved
+            whole = cost(counts, group)
+            for place in range(at[group] + 1, len(curve.counts)):
+                saved = whole - cost({**counts, group: curve.counts[place]}, group)
+                if saved > 0:
+                    price = (curve.risk[place] - curve.risk[at[group]]) / saved
+                    if best is None or price < best[0]:
+                        best = price, group, place, saved
+                    break
         if best is None:
             return
-        _, group, saved = best
-        at[group] += 1
+        _, group, at[group], saved = best
         counts[group] = curves[group].counts[at[group]]
         total -= saved
         yield dict(counts), total
