@@ -40,8 +40,8 @@ class ApplyBeforeHeads(ir.passes.InPlacePass):
 
 def _moved_channels(node: ir.Node) -> int | None:
     """Operand of an elementwise operator that is movement, where the other one is a parameter."""
-    if node.op_type not in ELEMENTWISE or node.domain not in ("", "ai.onnx"):
-        return None
+    if node.op_type not in ELEMENTWISE or node.domain not in ("", "ai.onnx") or node.attributes:
+        return None  # attributes said how to broadcast, once
     for operand, value in enumerate(node.inputs):
         other = node.inputs[1 - operand]
         source = None if value is None else value.producer()
