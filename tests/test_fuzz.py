@@ -81,6 +81,13 @@ def sealed(change: Callable[[dict[str, Any]], object]) -> bytes:
     return written(document).encode()
 
 
+def parcel(kind: str) -> bytes:
+    """A parcel of an array of a type."""
+    inner = json.dumps({"header": {}, "arrays": {"x": [kind, [0]]}})
+    head = json.dumps({"__metadata__": {"parcel": inner}, "x": {"data_offsets": [0, 0]}}).encode()
+    return len(head).to_bytes(8, "little") + head
+
+
 @pytest.mark.parametrize(
     ("target", "content"),
     [
@@ -97,6 +104,8 @@ def sealed(change: Callable[[dict[str, Any]], object]) -> bytes:
         pytest.param("tau", b'{"h0": []}', id="no channel"),
         pytest.param("tau", b'{"h0": [1' + b"0" * 30 + b"]}", id="a channel beyond integers"),
         pytest.param("parcel", DEEP.encode(), id="no parcel"),
+        pytest.param("parcel", parcel(",loat64"), id="a type that is none"),
+        pytest.param("parcel", parcel("object"), id="a type of objects"),
         pytest.param("certificate", lambda c: c["claims"].clear(), id="no claim"),
         pytest.param("certificate", lambda c: c["laws"][0].update(iia_own=7.0), id="an IIA above 1"),
         pytest.param("certificate", lambda c: c["claims"][0].update(trials=1 << 62), id="more trials than there can be"),

@@ -60,6 +60,8 @@ class Parcel:
             text = json.loads(head["__metadata__"]["parcel"])
             arrays = {}
             for name, (kind, shape) in text["arrays"].items():
+                if not kind.isidentifier():  # numpy would read others as it reads its own language
+                    raise ValueError(f"{kind!r} names no type")
                 dtype, (first, end) = np.dtype(kind), head[name]["data_offsets"]
                 count = math.prod(shape)
                 if dtype.hasobject or first < 0 or min(shape, default=0) < 0 or end - first != dtype.itemsize * count:

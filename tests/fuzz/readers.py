@@ -351,9 +351,9 @@ def _each(target: str, options: argparse.Namespace) -> int:
     if options.corpus is not None:
         command += ["--corpus", str(options.corpus / target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    print(f"{target}: {'none a finding' if done.returncode == 0 else 'A FINDING'}")
-    print("\n".join(f"  {line}" for line in last[-8 if done.returncode == 0 else -40 :]), flush=True)
+    out, err = ([line for line in text.splitlines() if line.strip()] for text in (done.stdout, done.stderr))
+    print(f"{target}: {'A FINDING' if done.returncode else 'none a finding'}")
+    print("\n".join(f"  {line}" for line in (out[-40:] + err[-12:] if done.returncode else [*out, *err][-6:])), flush=True)
     return abs(done.returncode)
 
 
