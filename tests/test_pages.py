@@ -123,7 +123,7 @@ def test_markdown_tables_keep_their_columns(made: tuple[Path, Compilation, Audit
             count = len(re.findall(r"(?<!\\)\|", line))
             columns = columns or count
             assert count == columns, line
-        assert "<script>" not in re.sub(r"`[^`]*`", "", text).replace("\\<script\\>", "")
+        assert "<script>" not in re.sub(r"`[^`]*`", "", re.sub(r"\\.", "", text))  # but for what is escaped, or code
 
 
 def test_rendering_again(made: tuple[Path, Compilation, AuditReport], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ for nothing: order, fits and predicted risks see the same covariance. λ is that
     ½ tr(G_PP R),    R = Σ_PP − B C − Cᵀ Bᵀ + B A Bᵀ + b bᵀ,
 
 B fitted with λ; Σ, C = Cov(h, a_P), A = Cov(h) and the mean error b of the held-out samples, under interchange
-(`mscompile.planning.replacements.fit_affine`), when the half of the units with the smaller scores is replaced.
+(`mscompile.planning.replacements.fit_affine`), over several shares of the units replaced, those of the smallest scores.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ SCARCE = 10
 of fits for interchange not at all (`tests/benchmarks/few_samples.py`)."""
 FEWEST = 2
 """Samples held out: what different samples have in common takes two."""
+REPLACED = (0.25, 0.5, 0.75)
+"""Shares of the units replaced, over which risks are compared."""
+PAYS = 0.9
+"""Share of the risk of λ = 0 above which that stays: what a few samples held out tell apart is coarser."""
 SHARES = (0.0, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)
 """Values of λ tried."""
 
@@ -83,10 +87,22 @@ def with_shrinkage(
     for site in scarce:
         order = eliminate_by_score(source.groups[site.group], scores).order
         own, curvature = moments[site.tensor], joint_curvature(site, statistics)
-        risks = held_out_risks(site, own, seen[site.tensor], order[len(order) // 2 :], curvature, swap)
-        found[site.tensor] = SHARES[int(np.argmin(risks))]
+        risks = [
+            held_out_risks(site, own, seen[site.tensor], order[int(share * len(order)) :], curvature, swap)
+            for share in REPLACED
+        ]
+        found[site.tensor] = least(np.array(risks))
         moments[site.tensor] = shrunk(own, found[site.tensor])
     return replace(statistics, moments=moments), found
+
+
+def least(risks: Array) -> float:
+    """λ of [fits, len(SHARES)] risks: the one that lowers them most, by the geometric mean; none where that does not pay."""
+    tiny = float(np.finfo(np.float32).tiny)
+    logs = np.log(np.maximum(risks, tiny))
+    gains = (logs - logs[:, :1]).mean(axis=0)
+    best = int(gains.argmin())
+    return SHARES[best] if gains[best] < np.log(PAYS) else 0.0
 
 
 def shrunk(moments: Moments, share: float) -> Moments:

@@ -177,11 +177,11 @@ def _few(shares: Mapping[str, float], statistics: Statistics) -> tuple[str, ...]
     if not shares:
         return ()
     worst = min(shares, key=lambda tensor: statistics.moments[tensor].count / len(statistics.moments[tensor].mean))
-    moments = statistics.moments[worst]
+    moments, changed = statistics.moments[worst], [share for share in shares.values() if share]
+    shrunk = f"; covariances of {len(changed)} of them were shrunk, by λ up to {max(changed):g}" if changed else ""
     return (
         f"there is little data for {len(shares)} of {len(statistics.moments)} sites (site {worst!r}: {moments.count} "
-        f"observations of {len(moments.mean)} channels): their covariances were shrunk, by λ = {shares[worst]:g} there, as "
-        "did best on data held out; more data would fit better",
+        f"observations of {len(moments.mean)} channels): more would fit better{shrunk}",
     )
 
 

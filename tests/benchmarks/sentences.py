@@ -101,7 +101,7 @@ def main(model: Path, tokenizer: Path, packages: Path, shares: tuple[float, ...]
     dense = embeddings(load_model(model)[0], inputs)
     rows = [["dense", "1.000", "1.000", f"{probe(dense):.4f}", "", "", ""]]
     for share in shares:
-        options = mscompile.Options(params=share, batch_size=BATCH, seed=seed)
+        options = mscompile.Options(params=share, metric="cosine", batch_size=BATCH, seed=seed)
         result = mscompile.compile_model(model, calib, None, options)
         found, sizes, fidelity = embeddings(result.model, inputs), result.report.sizes, result.report.fidelity
         assert fidelity is not None
