@@ -19,9 +19,11 @@ from mscompile.operators.backward import FLOATS
 from mscompile.runtime import Session
 
 LATENCY_SECONDS = 0.4
-"""Time spent measuring a pair of models, after one warm-up run each."""
+"""Time spent measuring a pair of models, beside loading them and a run of each to warm up."""
+LATENCY_ROUNDS = 2
+"""Sessions of each, in turn."""
 LATENCY_RUNS = 5
-"""Fewest timed runs of each."""
+"""Fewest timed runs of each session."""
 
 
 class Sizes(BaseModel):
@@ -76,31 +78,34 @@ def node_macs(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[ir
 
 def time_of(model: ir.Model, batch: Mapping[str, npt.NDArray[Any]]) -> float:
     """Milliseconds of one batch, see `quickest`."""
-    session = Session(model)
-    times: list[float] = []
-    session.run(batch)
-    began = time.perf_counter()
-    while time.perf_counter() - began < LATENCY_SECONDS / 2 or len(times) < LATENCY_RUNS:
-        start = time.perf_counter()
-        session.run(batch)
-        times.append((time.perf_counter() - start) * 1e3)
-    return quickest(times)
+    return quickest(_times(model, batch, LATENCY_SECONDS / 2))
 
 
 def measure_latency(dense: ir.Model, compiled: ir.Model, samples: Samples, batch_size: int) -> tuple[float, float]:
-    """Milliseconds per batch of two models, see `quickest`, run in turn so that drift of the machine meets both alike."""
+    """Milliseconds per batch of two models, see `quickest`, in turn so that drift of the machine meets both alike.
+
+    There is one session at a time, as where a model is deployed: onnxruntime's idle threads spin, and those of another
+    session take the processor from the one that runs, for twice the time on two cores.
+    """
     batch = next(samples.batches(batch_size))
-    sessions = (Session(dense), Session(compiled))
     times: tuple[list[float], list[float]] = ([], [])
-    for session in sessions:
-        session.run(batch)
-    began = time.perf_counter()
-    while time.perf_counter() - began < LATENCY_SECONDS or len(times[1]) < LATENCY_RUNS:
-        for session, taken in zip(sessions, times, strict=True):
-            start = time.perf_counter()
-            session.run(batch)
-            taken.append((time.perf_counter() - start) * 1e3)
+    for _ in range(LATENCY_ROUNDS):
+        for model, taken in zip((dense, compiled), times, strict=True):
+            taken.extend(_times(model, batch, LATENCY_SECONDS / LATENCY_ROUNDS / 2))
     return quickest(times[0]), quickest(times[1])
+
+
+def _times(model: ir.Model, batch: Mapping[str, npt.NDArray[Any]], seconds: float) -> list[float]:
+    """Milliseconds of each run of a new session, the first one apart."""
+    session = Session(model)
+    session.run(batch)
+    times: list[float] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(times) < LATENCY_RUNS:
+        start = time.perf_counter()
+        session.run(batch)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def quickest(times: Sequence[float]) -> float:

@@ -5,9 +5,9 @@
 Every MODEL.onnx needs its data MODEL.calib.npz beside it. Each network is compiled; its dense and its compiled file are
 timed as `mscompile` does (`network.sizes.measure_latency`), and by ``plain_clock.py``: a process of its own in which
 onnxruntime runs the same two files on the same batch, with as many threads, timed by another clock. Columns: milliseconds
-per batch by `mscompile` and by the other, lower quartiles of runs in turn; the share of the dense model's time that the
-compiled one takes, by both, and by the other's minima. Fails where the shares by lower quartiles differ by more than
-`APART`: times drift with what else runs on the machine, shares hardly.
+per batch by `mscompile` and by the other, lower quartiles; the share of the dense model's time that the compiled one takes,
+by both, and by the other's minima. Fails where the shares by lower quartiles differ by more than `APART`: times drift with
+what else runs on the machine, shares hardly.
 """
 
 from __future__ import annotations
