@@ -110,6 +110,7 @@ def parcel(kind: str) -> bytes:
         pytest.param("certificate", lambda c: c["laws"][0].update(iia_own=7.0), id="an IIA above 1"),
         pytest.param("certificate", lambda c: c["claims"][0].update(trials=1 << 62), id="more trials than there can be"),
         pytest.param("certificate", lambda c: c["plain"].update(agreement=float("nan")), id="no number"),
+        pytest.param("certificate", lambda c: c["tau"][0].update(dense_channels=[]), id="a site without channels"),
     ],
 )
 def test_what_was_found_is_refused(tmp_path: Path, target: str, content: Any):

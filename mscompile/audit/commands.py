@@ -118,6 +118,7 @@ def audit_command(
             why="data that chose a model cannot certify it, so none is looked for",
             hint="give samples that took no part in training or compiling",
         )
+    from mscompile.audit.counterexample import folder_of
     from mscompile.audit.pipeline import audit
     from mscompile.audit.setup import AuditOptions
     from mscompile.files import output_conflict
@@ -131,7 +132,7 @@ def audit_command(
     chosen["outputs"] = parse_outputs(chosen["outputs"])
     options = AuditOptions(**chosen)
     read = [Path(path) for path in (dense, compiled, data, *files.values()) if path is not None and Path(path).is_file()]
-    with claimed(*written):
+    with claimed(*written, folder_of(target) if options.explain else None):
         output_conflict(written, force=force, inputs=read)
         with running(**how) as run, bars(silent=quiet or as_json) as progress:
             report = audit(

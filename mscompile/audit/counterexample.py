@@ -165,6 +165,11 @@ def write(found: Found, setup: Setup, folder: Path) -> Counterexample:
     return report
 
 
+def folder_of(output: Path) -> Path:
+    """Where a counterexample goes, beside the certificate."""
+    return output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that holds what no counterexample does: it would be replaced.
 

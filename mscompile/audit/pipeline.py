@@ -71,7 +71,7 @@ def audit(
         The audit could not be made, or a self-check failed.
     """
     options = options or AuditOptions()
-    folder = None if output is None else output.with_name(f"{output.name.removesuffix('.json')}.counterexample")
+    folder = None if output is None else counterexample.folder_of(output)
     if folder is not None and options.explain:
         counterexample.check_folder(folder)
     ours, theirs = open_model(Path(dense)), open_model(Path(compiled))

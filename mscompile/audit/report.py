@@ -78,7 +78,7 @@ class AuditedSite(_Section):
     compiled_axis: int
     size: int
     width: int
-    dense_channels: list[int]
+    dense_channels: list[int] = Field(min_length=1)
     compiled_channels: list[int]
     alike: float | None
 
