@@ -18,14 +18,18 @@ from string import Template
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from mscompile.calibration.statistics import Moments
 from mscompile.calibration.windows import window_name, window_of, window_weight
 from mscompile.network.scm import Scm, Site, read_scm
+from mscompile.operators import IntArray
 from mscompile.passes import CANONICALISE
 from mscompile.planning.plan import Plan, SitePlan, WindowPlan, selectable
+from mscompile.planning.replacements import Fit, interchanged
 from mscompile.planning.selection import retained_units
 from mscompile.runtime import Session
 from mscompile.verification.skeletons import Skeleton, skeleton_of
@@ -166,3 +170,16 @@ def array(source: ir.Model, name: str) -> np.ndarray[Any, Any]:
     tensor = source.graph.initializers[name].const_value
     assert tensor is not None
     return tensor.numpy()
+
+
+def interchange_error(
+    fit: Fit, moments: Moments, kept: IntArray, replaced: IntArray, swap: float
+) -> npt.NDArray[np.float64]:
+    """[replaced, replaced]: second moment of replacement minus activation where retained channels are interchanged."""
+    assert fit.matrix is not None
+    sigma, common = moments.covariance, moments.common
+    bracket = interchanged(sigma, common, swap)[np.ix_(kept, kept)]
+    cross = fit.matrix @ ((1 - swap) * sigma + swap * common)[np.ix_(kept, replaced)]
+    bias = fit.constants + fit.matrix @ moments.mean[kept] - moments.mean[replaced]
+    spread = sigma[np.ix_(replaced, replaced)] - cross - cross.T
+    return spread + fit.matrix @ bracket @ fit.matrix.T + np.outer(bias, bias)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.linalg
+from golden import interchange_error
 from small_models import mlp
 from test_replacements import correlated, moments_of, split
 
@@ -20,7 +21,7 @@ from mscompile.options import Options
 from mscompile.planning.preparation import what_to_measure
 from mscompile.planning.replacements import Fit, fit_affine, fit_by_row, interchanged
 from mscompile.planning.scores import score
-from mscompile.planning.shrinkage import SCARCE, SHARES, held_out_risks, interchange_error, shrunk, with_shrinkage
+from mscompile.planning.shrinkage import SCARCE, SHARES, held_out_risks, shrunk, with_shrinkage
 
 Array = npt.NDArray[np.float64]
 

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from mscompile.files import staged
 from mscompile.intake.documents import parse
 from mscompile.machine import cache_folder, processor
 from mscompile.network.costs import Costs, Counts
-from mscompile.network.sizes import quickest
+from mscompile.network.sizes import quickest, times_of
 from mscompile.operators import NodeView, Signature, declared, is_parameter, signature
 from mscompile.runtime import Session
 
@@ -130,14 +129,7 @@ def _measure(view: NodeView) -> float:
     graph = onnx.helper.make_graph([node], "operator", inputs, [output], stored)
     opsets = [onnx.helper.make_opsetid("", view.opset)]
     session = Session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8))
-    session.run(feed)
-    times: list[float] = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < POINT_SECONDS or len(times) < POINT_RUNS:
-        start = time.perf_counter()
-        session.run(feed)
-        times.append((time.perf_counter() - start) * 1e3)
-    return quickest(times)
+    return quickest(times_of(session, feed, POINT_SECONDS, POINT_RUNS))
 
 
 @dataclass

@@ -78,7 +78,7 @@ def node_macs(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[ir
 
 def time_of(model: ir.Model, batch: Mapping[str, npt.NDArray[Any]]) -> float:
     """Milliseconds of one batch, see `quickest`."""
-    return quickest(_times(model, batch, LATENCY_SECONDS / 2))
+    return quickest(times_of(Session(model), batch, LATENCY_SECONDS / 2, LATENCY_RUNS))
 
 
 def measure_latency(dense: ir.Model, compiled: ir.Model, samples: Samples, batch_size: int) -> tuple[float, float]:
@@ -91,17 +91,16 @@ def measure_latency(dense: ir.Model, compiled: ir.Model, samples: Samples, batch
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(LATENCY_ROUNDS):
         for model, taken in zip((dense, compiled), times, strict=True):
-            taken.extend(_times(model, batch, LATENCY_SECONDS / LATENCY_ROUNDS / 2))
+            taken.extend(times_of(Session(model), batch, LATENCY_SECONDS / LATENCY_ROUNDS / 2, LATENCY_RUNS))
     return quickest(times[0]), quickest(times[1])
 
 
-def _times(model: ir.Model, batch: Mapping[str, npt.NDArray[Any]], seconds: float) -> list[float]:
-    """Milliseconds of each run of a new session, the first one apart."""
-    session = Session(model)
+def times_of(session: Session, batch: Mapping[str, npt.NDArray[Any]], seconds: float, runs: int) -> list[float]:
+    """Milliseconds of each of at least so many runs for so long, after one to warm up."""
     session.run(batch)
     times: list[float] = []
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(times) < LATENCY_RUNS:
+    while time.perf_counter() - began < seconds or len(times) < runs:
         start = time.perf_counter()
         session.run(batch)
         times.append((time.perf_counter() - start) * 1e3)

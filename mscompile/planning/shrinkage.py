@@ -29,7 +29,7 @@ from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.network.scm import Site
 from mscompile.operators import IntArray
-from mscompile.planning.replacements import AFFINE_FITS, Fit, fit_affine, interchanged, stabilise
+from mscompile.planning.replacements import AFFINE_FITS, fit_affine, interchanged, stabilise
 from mscompile.planning.scores import Scores, joint_curvature
 from mscompile.planning.selection import dependent_units, eliminate_by_score
 from mscompile.runs.run import ALONE, Run
@@ -161,12 +161,3 @@ def _interchanged(
         return bracket, cross, spread
     k, p = shift[kept], shift[replaced]
     return bracket + np.outer(k, k), cross + np.outer(k, p), spread + np.outer(p, p)
-
-
-def interchange_error(fit: Fit, moments: Moments, kept: IntArray, replaced: IntArray, swap: float) -> Array:
-    """[replaced, replaced]: second moment of replacement minus activation where retained channels are interchanged."""
-    assert fit.matrix is not None
-    about = (fit.constants + fit.matrix @ moments.mean[kept] - moments.mean[replaced])[:, None]
-    bracket, across, spread = _interchanged(moments, kept, replaced, swap)
-    cross = fit.matrix @ across
-    return spread - cross - cross.T + fit.matrix @ bracket @ fit.matrix.T + about * about.T

@@ -11,12 +11,17 @@ where they do better: as the tenth judges, and as the test samples themselves wo
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from candidates import beside, samples_of, table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from golden import interchange_error
 
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.instrument import Measure
@@ -28,7 +33,7 @@ from mscompile.options import Options
 from mscompile.planning.preparation import eliminate, split, what_to_measure
 from mscompile.planning.replacements import Fit, fit_affine
 from mscompile.planning.scores import joint_curvature, score
-from mscompile.planning.shrinkage import interchange_error, with_shrinkage
+from mscompile.planning.shrinkage import with_shrinkage
 from mscompile.runtime import Session, no_progress
 from mscompile.search.candidates import Workshop
 
