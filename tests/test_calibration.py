@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import golden
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -18,7 +19,6 @@ from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, read_scm
 from mscompile.operators.backward import Builder
 from mscompile.runtime import Session
-from tests import golden
 
 FLOAT32 = 2e-5
 """Relative to the largest entry: sums of a few thousand float32 products."""
