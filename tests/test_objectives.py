@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import golden
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -15,7 +16,6 @@ from mscompile.network.dense import open_dense
 from mscompile.options import Options
 from mscompile.planning.scores import READER_LOCAL, score
 from mscompile.stages import calibrate_model
-from tests import golden
 
 
 def command(*arguments: object) -> int:

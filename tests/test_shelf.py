@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import golden
 import numpy as np
 import pytest
 from small_models import mlp, samples
@@ -31,7 +32,6 @@ from mscompile.planning.scores import score
 from mscompile.planning.selection import eliminate_by_score
 from mscompile.rewrite import rewrite
 from mscompile.runs import limits, shelf
-from tests import golden
 
 KIND = ["float32", "float64", "int64", "bool", "float16"]
 
