@@ -2,15 +2,26 @@
 
 Additive scores ignore that replaced units can stand in for each other. Here the unit whose removal costs least, given all
 removed before it, goes next; what it did is passed on to the retained ones at once. For a site with covariance Σ, curvature
-G and A = Σ + c diag Σ, with c = (1−q)/q for interchange (see `fit_affine`), on the kept set K:
+G and H the covariance under interchange (see `fit_affine`), on the kept set K:
 
-    cost of r = ½ M_rr / (A⁻¹)_rr,     M = [I; B]ᵀ G [I; B],     B the regression of the removed on K under A,
+    cost of r = ½ M_rr / (H⁻¹)_rr,     M = [I; B]ᵀ G [I; B],     B the regression of the removed on K under H,
 
 which is the structured form of the optimal brain surgeon. Removing r updates both by
 
-    A⁻¹ ← A⁻¹ − p pᵀ / p_r,  M ← M + b mᵀ + m bᵀ + M_rr b bᵀ,  p, m = columns r of A⁻¹, M,  b = −p / p_r.
+    H⁻¹ ← H⁻¹ − p pᵀ / p_r,  M ← M + b mᵀ + m bᵀ + M_rr b bᵀ,  p, m = columns r of H⁻¹, M,  b = −p / p_r.
 
 One elimination ranks the units for every size at once, in O(channels³) time and a few channels² of memory.
+
+These costs add up to E = ½ tr(G_PP (H_PP − H_PK H_KK⁻¹ H_KP)). Under interchange with probability p the removed P are not
+swapped: their covariance is Σ, and with those swapped αH, α = (1−p)/q, where samples have nothing in common by position. The
+risk is then
+
+    ½ tr(G_PP (Σ_PP − α² H_PK H_KK⁻¹ H_KP))  =  α² E  +  ½ tr(G_PP (Σ_PP − α² H_PP)),
+
+whose second term, what the removed have in common and interchange hides from the kept, is a sum over pairs. It counts where
+G is exact, at sites that the outputs themselves read: elsewhere G takes what outputs change by as independent of what the
+activation is, and changes at different positions as independent of one another, which what is hidden is not. Its diagonal
+counts where it is positive, beyond p = ½: below, it speaks for units of large variance, and gained nothing where measured.
 """
 
 from __future__ import annotations
@@ -23,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from mscompile.calibration.statistics import Moments, Statistics
+from mscompile.calibration.statistics import Statistics
 from mscompile.network.scm import Site
 from mscompile.network.units import Block, even
 from mscompile.operators import IntArray
@@ -63,20 +74,47 @@ class Elimination:
 
 @dataclass
 class _State:
-    """A site on the way: inverse bracket and curvature, rows and columns of removed channels zero, and each channel's unit.
+    """A site on the way: inverse and curvature, rows and columns of removed channels zero, and each channel's unit.
 
     Removed channels stay in the arrays, which are updated in place by BLAS, until half of them are gone.
+
+    Attributes
+    ----------
+    share
+        α², or 1 where G is not exact.
+    hidden
+        [channels, channels]: G ∘ (Σ − α² H), its diagonal at least zero; all zero where G is not exact.
+    together
+        [channels]: its sums over the removed.
     """
 
     inverse: Array
     curvature: Array
+    share: float
+    hidden: Array
+    together: Array
     units: IntArray
     alive: npt.NDArray[np.bool_]
 
+    @classmethod
+    def make(cls, site: Site, statistics: Statistics, swap: float) -> _State:
+        """Before anything is removed."""
+        moments, curvature = statistics.moments[site.tensor], joint_curvature(site, statistics)
+        mixed = _within_rows(site, interchanged(moments.covariance, moments.common, swap))
+        share, hidden = 1.0, np.zeros_like(mixed)
+        read = [reader.node.outputs[0].name in statistics.outputs for reader in site.readers]
+        if moments.shared is None and not site.pairings and all(read or [False]):
+            share = ((1 - swap) / ((1 - swap) ** 2 + swap**2)) ** 2
+            hidden = curvature * (moments.covariance - share * mixed)
+            hidden[np.diag_indices_from(hidden)] = np.maximum(np.diagonal(hidden), 0.0)
+        inverse, alive = _inverse(mixed), np.ones(site.size, dtype=np.bool_)
+        return cls(inverse, np.array(curvature, order="C"), share, hidden, np.zeros(site.size), site.units, alive)
+
     def costs(self) -> tuple[IntArray, Array]:
-        """Units left and half the predicted risk added by removing each."""
-        curvature, inverse = np.diagonal(self.curvature)[self.alive], np.diagonal(self.inverse)[self.alive]
-        return self.units[self.alive], 0.5 * curvature / np.maximum(inverse, TINY)
+        """Units left and the predicted risk added by removing each."""
+        curvature, inverse, hidden = (np.diagonal(m)[self.alive] for m in (self.curvature, self.inverse, self.hidden))
+        added = self.share * curvature / np.maximum(inverse, TINY) + hidden + 2.0 * self.together[self.alive]
+        return self.units[self.alive], 0.5 * added
 
     def remove(self, units: IntArray) -> None:
         """Remove the channels of `units` and pass what they did on to the others."""
@@ -92,11 +130,13 @@ class _State:
         scipy.linalg.blas.dgemm(1.0, carried, b, 1.0, self.curvature.T, trans_b=True, overwrite_c=True)
         for array in (self.inverse, self.curvature):
             array[r] = array[:, r] = 0.0
+        self.together += self.hidden[r].sum(axis=0)
         self.alive[r] = False
         if 2 * self.alive.sum() < len(self.alive):
             left = np.flatnonzero(self.alive)
-            self.inverse, self.curvature = self.inverse[np.ix_(left, left)], self.curvature[np.ix_(left, left)]
-            self.units, self.alive = self.units[left], self.alive[left]
+            both = np.ix_(left, left)
+            self.inverse, self.curvature, self.hidden = self.inverse[both], self.curvature[both], self.hidden[both]
+            self.together, self.units, self.alive = self.together[left], self.units[left], self.alive[left]
 
 
 def eliminate_by_score(sites: Sequence[Site], scores: Scores) -> Elimination:
@@ -125,7 +165,7 @@ def dependent_units(sites: Sequence[Site], statistics: Statistics) -> IntArray:
     if any(m.count < OBSERVED * site.size for m, site in zip(moments, sites, strict=True)):
         return np.zeros(0, dtype=np.int64)
     left, start = _totals(sites)
-    inverses = [_inverse(site, m, 0.0) for site, m in zip(sites, moments, strict=True)]
+    inverses = [_inverse(_within_rows(site, m.covariance)) for site, m in zip(sites, moments, strict=True)]
     alive = [np.ones(site.size, dtype=np.bool_) for site in sites]
     found: list[int] = []
     while len(left) > 1:
@@ -151,15 +191,7 @@ def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float
 
     Units that depend on the others go first: least squares folds them without loss.
     """
-    states = [
-        _State(
-            _inverse(site, statistics.moments[site.tensor], swap),
-            np.array(joint_curvature(site, statistics), order="C"),
-            site.units,
-            np.ones(site.size, dtype=np.bool_),
-        )
-        for site in sites
-    ]
+    states = [_State.make(site, statistics, swap) for site in sites]
     left, start = _totals(sites)
     order: list[IntArray] = []
     steps: list[Array] = []
@@ -179,18 +211,21 @@ def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float
         left, start = np.delete(left, chosen), np.delete(start, chosen)
     # One unit stays always, and some must: losing them is out of the question.
     steps.append(np.full(len(left), np.inf))
-    risk = np.concatenate([[0.0], np.cumsum(np.concatenate(steps))])
+    # Effects of units that go together may cancel, and steps be negative: the risk of a size is the largest so far.
+    risk = np.maximum.accumulate(np.concatenate([[0.0], np.cumsum(np.concatenate(steps))]))
     return Elimination(np.concatenate([*order, left]), risk, lossless)
 
 
-def _inverse(site: Site, moments: Moments, swap: float) -> Array:
-    """Inverse of the interchanged covariance, ridge included; channels of different rows cannot stand in for each other."""
-    bracket = interchanged(moments.covariance, moments.common, swap)
-    if site.rows is not None:
-        bracket *= site.rows[:, None] == site.rows
-    stabilise(bracket)
-    factor = scipy.linalg.cho_factor(bracket, lower=True, overwrite_a=True)
-    inverse: Array = np.ascontiguousarray(scipy.linalg.cho_solve(factor, np.eye(len(bracket))))
+def _within_rows(site: Site, covariance: Array) -> Array:
+    """The same where channels of different rows, which cannot stand in for each other, are uncorrelated."""
+    return covariance if site.rows is None else covariance * (site.rows[:, None] == site.rows)
+
+
+def _inverse(covariance: Array) -> Array:
+    """Inverse of a covariance, ridge included; the covariance is used up."""
+    stabilise(covariance)
+    factor = scipy.linalg.cho_factor(covariance, lower=True, overwrite_a=True)
+    inverse: Array = np.ascontiguousarray(scipy.linalg.cho_solve(factor, np.eye(len(covariance))))
     return inverse
 
 
