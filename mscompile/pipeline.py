@@ -14,6 +14,7 @@ from mscompile.files import file_bytes, is_large, output_conflict, save_model, s
 from mscompile.intake.loading import NOTES, check_unchanged
 from mscompile.intake.samples import Source
 from mscompile.intake.wire import check_regular
+from mscompile.machine import blas_threads
 from mscompile.network.dense import Model, check_outputs, find_data, nothing_to_cut, open_dense
 from mscompile.network.inspection import Inspection, inspect_scm
 from mscompile.options import Options
@@ -52,6 +53,7 @@ def inspect(model: Model) -> Inspection:
     return inspect_scm(open_dense(model).scm)
 
 
+@blas_threads()
 def compile_model(
     model: Model,
     data: Source | None = None,

@@ -18,6 +18,7 @@ from mscompile.calibration.windows import view_of, window_name, window_weight
 from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.files import output_conflict, save_model, staged
 from mscompile.intake.samples import Source
+from mscompile.machine import blas_threads
 from mscompile.network.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
 from mscompile.network.scm import Site
 from mscompile.options import Options
@@ -49,6 +50,7 @@ class Calibration:
     notes: tuple[str, ...]
 
 
+@blas_threads()
 def calibrate_model(
     model: Model,
     data: Source | None = None,
@@ -151,6 +153,7 @@ def _calibrate(
     return Calibration(dense, statistics, scores, checks, notes)
 
 
+@blas_threads()
 def plan_model(model: Model, statistics: Path, output: Path | None, options: Options, *, force: bool = False) -> Plan:
     """Make a plan for the sizes that `options.keep` asks for, from a statistics file."""
     if options.keep is None:
@@ -250,6 +253,7 @@ class Application:
     path: Path | None
 
 
+@blas_threads()
 def apply_plan(
     model: Model,
     plan: Plan,

@@ -23,6 +23,7 @@ from mscompile.audit.inputs import open_model, read_data
 from mscompile.audit.report import Asked, AuditedData, AuditReport, Check, Claim
 from mscompile.audit.setup import AuditOptions, Setup, prepare
 from mscompile.intake.samples import Source
+from mscompile.machine import blas_threads
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.verification.certificate import Verdict
@@ -30,6 +31,7 @@ from mscompile.verification.metrics import Metric
 from mscompile.version import __version__
 
 
+@blas_threads()
 def audit(
     dense: str | Path,
     compiled: str | Path,

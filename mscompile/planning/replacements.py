@@ -13,6 +13,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.calibration.statistics import Moments
+from mscompile.machine import blas_threads
 from mscompile.operators import IntArray
 from mscompile.runs.shelf import Shelf
 
@@ -106,7 +107,8 @@ class Factor:
         bracket = interchanged(moments.covariance, moments.common, swap)[np.ix_(order, order)]
         stabilise(bracket)
         try:
-            return cls(moments, swap, order, scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True))
+            with blas_threads(len(bracket)):
+                return cls(moments, swap, order, scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True))
         except scipy.linalg.LinAlgError:
             return None
 

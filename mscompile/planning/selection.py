@@ -35,6 +35,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.calibration.statistics import Statistics
+from mscompile.machine import blas_threads
 from mscompile.network.scm import Site
 from mscompile.network.units import Block, even
 from mscompile.operators import IntArray
@@ -191,6 +192,15 @@ def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float
 
     Units that depend on the others go first: least squares folds them without loss.
     """
+    with blas_threads(max(site.size for site in sites)):
+        order, steps, lossless = _steps(sites, statistics, swap)
+    # Effects of units that go together may cancel, and steps be negative: the risk of a size is the largest so far.
+    risk = np.maximum.accumulate(np.concatenate([[0.0], np.cumsum(np.concatenate(steps))]))
+    return Elimination(np.concatenate(order), risk, lossless)
+
+
+def _steps(sites: Sequence[Site], statistics: Statistics, swap: float) -> tuple[list[IntArray], list[Array], int]:
+    """Units by step, the last ones those that stay; what each of them adds; and how many go without loss."""
     states = [_State.make(site, statistics, swap) for site in sites]
     left, start = _totals(sites)
     order: list[IntArray] = []
@@ -211,9 +221,7 @@ def eliminate_jointly(sites: Sequence[Site], statistics: Statistics, swap: float
         left, start = np.delete(left, chosen), np.delete(start, chosen)
     # One unit stays always, and some must: losing them is out of the question.
     steps.append(np.full(len(left), np.inf))
-    # Effects of units that go together may cancel, and steps be negative: the risk of a size is the largest so far.
-    risk = np.maximum.accumulate(np.concatenate([[0.0], np.cumsum(np.concatenate(steps))]))
-    return Elimination(np.concatenate([*order, left]), risk, lossless)
+    return [*order, left], steps, lossless
 
 
 def _within_rows(site: Site, covariance: Array) -> Array:

@@ -24,6 +24,7 @@ import numpy as np
 
 from mscompile import errors
 from mscompile.errors import MscompileError, ResourceError, UnsupportedError
+from mscompile.machine import blas_threads
 from mscompile.providers import choose
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import versions
@@ -169,10 +170,11 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     desk = Desk(int(sys.argv[1]))
-    while True:
-        reply = desk.reply(messages.get())
-        last.result()  # of answers, one waits at most
-        last = written.submit(send, answers, reply.parts())
+    with blas_threads():
+        while True:
+            reply = desk.reply(messages.get())
+            last.result()  # of answers, one waits at most
+            last = written.submit(send, answers, reply.parts())
 
 
 if __name__ == "__main__":
