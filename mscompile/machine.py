@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,11 @@ from typing import Any
 WIDE = 2048
 """Channels from which a matrix is worth several threads: on smaller ones they gain little, and wait for one another, and for
 onnxruntime's, many times as long as the work takes wherever there are fewer free cores than threads."""
+QUOTAS = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+"""Where Linux says how many microseconds of processor time a container has in how many, by version of its control groups."""
 
 
 def cache_folder() -> Path:
@@ -36,6 +41,18 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
+@cache
+def cores() -> int:
+    """Processors that this process may use: by its affinity, and by the quota of its container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for place in QUOTAS:
+        with suppress(OSError, ValueError):
+            quota, period = (int(number) for file in place for number in Path(file).read_text(encoding="ascii").split())
+            if quota > 0:
+                count = min(count, -(-quota // period))
+    return count
+
+
 @contextmanager
 def blas_threads(size: int = 0) -> Iterator[None]:
     """Linear algebra on matrices of so many channels: in one thread, from `WIDE` on in as many as it has by default.
@@ -53,4 +70,4 @@ def _blas() -> tuple[Any, int]:
     from threadpoolctl import ThreadpoolController
 
     controller = ThreadpoolController().select(user_api="blas")
-    return controller, max((library["num_threads"] for library in controller.info()), default=1)
+    return controller, min(cores(), max((library["num_threads"] for library in controller.info()), default=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import onnxruntime as ort
 
 from mscompile.errors import ModelError, MscompileError, ResourceError, UnsupportedError
 from mscompile.intake.vetting import all_nodes
+from mscompile.machine import cores
 from mscompile.providers import TITLES, absent, chosen
 from mscompile.runs import shelf
 from mscompile.verification.skeletons import Skeleton, skeleton_of
@@ -50,7 +52,8 @@ class Session:
         Whether onnxruntime may rewrite the graph. Off wherever two graphs are compared for equality: its rewrites change
         rounding, and now and then more than that.
     threads
-        Threads per operator; onnxruntime's own choice if None.
+        Threads per operator; if None onnxruntime's own choice, one per core, or as many as this process may use where that
+        is not all of them.
     spin
         Whether idle threads wait busily, as onnxruntime does by default: quick on an idle machine, on a busy one a waste of
         what others, and other sessions, could use.
@@ -74,6 +77,8 @@ class Session:
         options.log_severity_level = 4
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+        if threads is None and cores() < (os.cpu_count() or 1):
+            threads = cores()
         if threads is not None:
             options.intra_op_num_threads = threads
         if not spin:

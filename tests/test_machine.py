@@ -8,7 +8,8 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import mscompile
-from mscompile.machine import WIDE, blas_threads
+from mscompile import machine
+from mscompile.machine import WIDE, blas_threads, cores
 from mscompile.options import Options
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,27 @@ ROOT = Path(__file__).parents[1]
 def threads() -> set[int]:
     """Of each BLAS that is loaded."""
     return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("max 100000",), 8),
+        (("150000 100000",), 2),
+        (("50000 100000",), 1),
+        (("-1", "100000"), 8),
+        (("300000", "100000"), 3),
+    ],
+)
+def test_a_container_has_no_more_cores_than_its_quota(
+    files: list[str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = tuple(str(tmp_path / str(i)) for i in range(len(files)))
+    for path, content in zip(paths, files, strict=True):
+        Path(path).write_text(content + "\n", encoding="ascii")
+    monkeypatch.setattr(machine, "QUOTAS", (("/nowhere",), paths))
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cores.__wrapped__() == expected
 
 
 @pytest.mark.skipif(not threads(), reason="this BLAS cannot be asked for its threads")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mscompile.errors import ResourceError, UsageError
+from mscompile.machine import cores
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import versions
 from mscompile.runs.worker import found_in, receive, send, widen
@@ -326,5 +327,5 @@ def crew_of(asked: str) -> Crew | None:
             hint="write --workers 4",
         )
     count = int(asked)
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, cores() // count)
     return None if count == 1 else Crew(count, lambda: Process(threads))
