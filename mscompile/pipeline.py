@@ -26,6 +26,7 @@ from mscompile.runs.locks import claimed
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.search.search import compile_from_data, compile_from_weights
+from mscompile.verification.checks import check_independence
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ def _compile(
             why=nothing_to_cut(source, options),
             hint="`mscompile inspect MODEL` lists every site and weight with its reason",
         )
+    if samples is not None and source.scm.samples_met:
+        batch = next(samples.batches(options.batch_size))
+        check_independence(source.model, batch, source.weighted_outputs(options), samples.shared)
     run.work.begin(
         model=source.sha256,
         data=None if samples is None else samples.sha256,

@@ -31,6 +31,7 @@ from mscompile.rewrite import Compiled, rewrite
 from mscompile.runs.locks import claimed
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
+from mscompile.verification.checks import check_independence
 from mscompile.verification.verify import fold_error, make_pair
 
 
@@ -98,6 +99,9 @@ def _calibrate(
             why=nothing_to_cut(dense),
             hint="`mscompile inspect MODEL` lists every site and weight with its reason",
         )
+    if dense.scm.samples_met:
+        batch = next(samples.batches(dense.batch or options.batch_size))
+        check_independence(dense.model, batch, dense.weighted_outputs(options), samples.shared)
     run.work.begin(
         model=dense.sha256,
         data=samples.sha256,
@@ -306,7 +310,7 @@ def _apply(model: Model, plan: Plan, data: Source | None, output: Path | None, o
     dense = dense.given(samples)
     error = None
     if samples is not None and plan.sites:
-        pair = make_pair(dense.model, compiled.model, plan, dense.ranks, compiled.alignment)
+        pair = make_pair(dense.scm, compiled.model, plan, compiled.alignment)
         error = fold_error(pair, plan, samples, dense.batch or options.batch_size)
     stamped: ir.Model = stamp(compiled, plan, dense.sha256)
     if output is not None:

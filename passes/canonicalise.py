@@ -9,7 +9,7 @@ inside onnxruntime's own Attention are written out, which rounds otherwise (see 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 
 from mscompile.files import LISTED
 from mscompile.network.scm import captured, infer_shapes
-from mscompile.operators import Shape, is_parameter
+from mscompile.operators import Dim, Shape, is_parameter
 from mscompile.passes.attention import SpellOutAttention, StateScales
 from mscompile.passes.budget import affordable, evaluate
 from mscompile.passes.heads import ApplyBeforeHeads
@@ -198,8 +198,14 @@ def _part(model: ir.Model, node: ir.Node, shapes: Mapping[str, Shape]) -> bool:
         parts = tape.op_multi_out("Split", [source], {"axis": rank - 1, "split": sizes.tolist()}, num_outputs=count)
     heads = add_parameter(graph, f"{node.outputs[0].name}.heads", np.array(entries[: rank - 1] + entries[rank:]))
     order = [p - (p > rank - 1) for p in perm if p != rank - 1]
+    picked = list(itertools.chain.from_iterable(picks))
+    whole = order == sorted(order) and _alike([*shape[:-1], size // count], entries[: rank - 1] + entries[rank:])
     replaced: list[tuple[ir.Value, ir.Value]] = []
-    for index, old in itertools.chain.from_iterable(picks):
+    for index, old in picked:
+        if whole and not old.is_graph_output() and sum(index == other for other, _ in picked) == 1:
+            parts[index].shape, parts[index].type = old.shape, old.type
+            replaced.append((old, parts[index]))
+            continue
         new = tape.op("Reshape", [parts[index], heads])
         if order != sorted(order):
             new = tape.op("Transpose", [new], {"perm": order})
@@ -212,6 +218,12 @@ def _part(model: ir.Model, node: ir.Node, shapes: Mapping[str, Shape]) -> bool:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         new.name = name
     return True
+
+
+def _alike(shape: Sequence[Dim], target: Sequence[int]) -> bool:
+    """Whether a Reshape to the target leaves the shape as it is."""
+    differing = [entry for size, entry in zip(shape, target, strict=False) if entry not in (0, size)]
+    return len(shape) == len(target) and differing in ([], [-1])
 
 
 def _picked(node: ir.Node, axis: int, count: int, rank: int) -> list[tuple[int, ir.Value]]:

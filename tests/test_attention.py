@@ -128,7 +128,7 @@ def test_attention_is_cut_exactly(name: str, kind: str) -> None:
     assert found == [(0, 1), (1, 0)]  # keys, which meet queries, and what is attended to
     plan = plan_for(dense.model, kind, np.random.default_rng(3), lambda size: size // 2)
     compiled = rewrite(dense.model, plan)
-    pair = make_pair(dense.model, compiled.model, plan, dense.ranks, compiled.alignment)
+    pair = make_pair(dense.scm, compiled.model, plan, compiled.alignment)
     assert fold_error(pair, plan, Samples(dict(feed(model)), None, "test"), 8) <= FOLD_TOLERANCE
     left = {name: list(value.shape) for name, value in compiled.model.graph.initializers.items() if name in expected}
     assert left == expected

@@ -12,6 +12,7 @@ import pytest
 import mscompile
 from mscompile.network.dense import open_dense
 from mscompile.network.inspection import Inspection, inspect_scm
+from mscompile.network.layout import Layout
 from mscompile.passes import CANONICALISE
 from mscompile.report import Report
 from mscompile.verification.verify import FOLD_TOLERANCE
@@ -26,11 +27,11 @@ OPSET = 14
 WRITTEN = {"Attention", "EmbedLayerNormalization", "SkipLayerNormalization", "BiasGelu"}
 
 
-def written(name: str, folder: Path) -> Path:
-    """One of the networks as TorchScript's exporter writes it."""
+def written(name: str, folder: Path, *, dynamo: bool = False, opset: int = OPSET) -> Path:
+    """One of the networks as TorchScript's exporter, or dynamo, writes it."""
     build, make = NETWORKS[name]
     torch.manual_seed(0)
-    exported(build().eval(), make(), folder / "model.onnx", dynamo=False, opset=OPSET)
+    exported(build().eval(), make(), folder / "model.onnx", dynamo=dynamo, opset=opset)
     return folder / "model.onnx"
 
 
@@ -56,6 +57,20 @@ def test_exports_are_cut(name: str, reachable: float, tmp_path: Path) -> None:
     report = compiled(name, file)
     assert report.fold_error <= FOLD_TOLERANCE
     assert report.sizes.compiled.params < 0.75 * report.sizes.dense.params
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamo"), [("nn.TransformerEncoder", True), ("nn.TransformerEncoder, positions first", False)]
+)
+def test_layers_that_put_positions_first_are_cut(name: str, dynamo: bool, tmp_path: Path) -> None:
+    """Torch's attention does, whatever it is given; a file holds every tensor that an audit sets."""
+    file = written(name, tmp_path, dynamo=dynamo, opset=20 if dynamo else 17)
+    dense = open_dense(file)
+    assert len(dense.sites) == cuttable(inspect_scm(dense.scm)) == 6
+    assert {site.layout for site in dense.sites} >= {Layout(1, 1, 1), Layout(0, 10, 1)}
+    computed = {name for node in onnx.load(file).graph.node for name in node.output}
+    assert computed.issuperset(site.tensor for site in dense.sites)
+    assert compiled(name, file).fold_error <= FOLD_TOLERANCE
 
 
 def test_what_onnxruntime_optimises_is_cut_as_before(tmp_path: Path) -> None:

@@ -273,8 +273,7 @@ def test_a_compiled_architecture_is_the_dense_one_under_the_plan(case: str, kind
     assert plan.sites or SHARES[kind] > 0.5 or case in UNCUT
     if not plan.sites:
         return
-    ranks = {tensor: len(shape) for tensor, shape in read_scm(dense).shapes.items()}
-    pair = make_pair(dense, compiled.model, plan, ranks, compiled.alignment)
+    pair = make_pair(read_scm(dense), compiled.model, plan, compiled.alignment)
     assert fold_error(pair, plan, Samples(dict(inputs(dense, samples=5)), None, "generated"), 5) <= FOLD_TOLERANCE
     before = ir.to_proto(compiled.model).SerializeToString(deterministic=True)
     RemoveDeadUnits()(compiled.model)

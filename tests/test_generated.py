@@ -438,8 +438,7 @@ def test_compiled_is_dense_under_the_plan(source: onnx.ModelProto, kind: str, sh
     if not plan.sites:
         return
     scm = read_scm(dense)
-    ranks = {tensor: len(shape) for tensor, shape in scm.shapes.items()}
-    pair = make_pair(dense, compiled.model, plan, ranks, compiled.alignment)
+    pair = make_pair(scm, compiled.model, plan, compiled.alignment)
     samples = Samples(dict(inputs(dense, samples=SAMPLES, seed=seed)), None, "generated")
     assert fold_error(pair, plan, samples, SAMPLES) <= FOLD_TOLERANCE
     for site in plan.sites:

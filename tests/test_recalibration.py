@@ -135,7 +135,7 @@ def test_re_calibration_lowers_the_risk_and_stays_exact(replacement: str) -> Non
     errors = []
     for one in (plan, found):
         compiled = rewrite(made.source.model, one)
-        pair = make_pair(made.source.model, compiled.model, one, made.source.ranks, compiled.alignment)
+        pair = make_pair(made.source.scm, compiled.model, one, compiled.alignment)
         fold_error(pair, one, test, 64)
         errors.append(np.square(Session(compiled.model).run_all(test.batches(64))[made.source.output] - wanted).mean())
     assert errors[1] < 0.9 * errors[0]

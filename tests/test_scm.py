@@ -251,7 +251,7 @@ READ = {
             z = MatMul(h, w2)
             y = Transpose<perm=[1,0,2]>(z)
         }""",
-        ["a: h[2] 8 > z ! 'h' holds the samples on axis 1"],
+        ["a: h[2] 8 > z"],
     ),
     "positions and samples on one axis": (
         """(float[N,5,4] x) => (float[M,3] y, float[M,3] z)
@@ -264,7 +264,7 @@ READ = {
             h = MatMul(p, w1)
             y = MatMul(h, w2)
         }""",
-        ["a: g[1] 8 > z", "b: h[1] 8 > y ! 'h' holds positions and samples on one axis, positions first"],
+        ["a: g[1] 8 > z", "b: h[1] 8 > y"],
     ),
     "a bias alone begins no units where the input may be as wide": (
         """(float[N,C] x) => (float[N,3] y) <float[8] b, float[8,3] w> {

@@ -46,7 +46,7 @@ def planned(model: onnx.ModelProto, kind: str = "affine") -> tuple[Pair, Plan]:
 
 def paired(dense: DenseModel, plan: Plan) -> tuple[Pair, Plan]:
     compiled = rewrite(dense.model, plan)
-    return make_pair(dense.model, compiled.model, plan, dense.ranks, compiled.alignment), plan
+    return make_pair(dense.scm, compiled.model, plan, compiled.alignment), plan
 
 
 def unchanged(model: onnx.ModelProto) -> Pair:
@@ -56,7 +56,7 @@ def unchanged(model: onnx.ModelProto) -> Pair:
         for s in dense.sites
     )
     plan = Plan(model_sha256="", objective="", replacement="constant", swap=0.0, sites=everything)
-    return make_pair(dense.model, dense.model, plan, dense.ranks, {})
+    return make_pair(dense.scm, dense.model, plan, {})
 
 
 def measured(pair: Pair, count: int = 200, law: Any = "one-site", swap: float = SWAP, seed: int = 5) -> Fidelity:

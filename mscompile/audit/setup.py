@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Arrays, Session
 from mscompile.verification.checks import FOLD_TOLERANCE, check_rows, depends_on_batch, planted_defects
 from mscompile.verification.interchange import Engine, Law, Pair
+from mscompile.verification.interventions import Feed
+from mscompile.verification.layouts import observed
 from mscompile.verification.metrics import Metric
 from mscompile.verification.surgery import Do, Reweighted, probe, replaced
 from mscompile.verification.trials import Interchanges
@@ -159,7 +161,7 @@ def prepare(
     first = next(samples.batches(count))
     came = _provenance(compiled, held=options.provenance)
     try:
-        found, values = _find_tau(tau, read if plan is not None else None, dense, compiled, first)
+        found, values = _find_tau(tau, read if plan is not None else None, dense, compiled, first, samples.shared)
     except UsageError as error:
         if came.passed is False and tau is None:
             raise VerificationError(
@@ -276,9 +278,11 @@ def _find_tau(
     dense: AuditModel,
     compiled: AuditModel,
     batch: Mapping[str, Any],
+    shared: frozenset[str],
 ) -> tuple[Tau, tuple[Arrays, Arrays]]:
     """Tau from where it is known best; and the outputs of both models."""
     notes: tuple[str, ...] = ()
+    origin: Origin
     if given is not None:
         origin, claims = "given", claims_of_file(given) if isinstance(given, Path) else list(given)
     elif plan is not None:
@@ -288,13 +292,40 @@ def _find_tau(
     else:
         origin = "weights"
         claims, notes = inferred(dense.skeleton, compiled.skeleton)
-    values = _values(dense, [claim.dense for claim in claims], batch)
-    found = _values(compiled, [claim.compiled or claim.dense for claim in claims], batch)
-    return replace(resolve(claims, origin, values, found), notes=notes), (values, found)  # type: ignore[arg-type]
+    if origin in ("plan", "metadata"):
+        claims, notes = _in_file(claims, dense, compiled)
+    read = _reading(dense, [claim.dense for claim in claims])
+    read_compiled = _reading(compiled, [claim.compiled or claim.dense for claim in claims])
+    values, found = read(batch), read_compiled(batch)
+    tau = resolve(claims, origin, values, found)
+    layouts = observed(read, batch, values, [site.dense for site in tau.sites], shared)
+    others = observed(read_compiled, batch, found, [site.compiled for site in tau.sites], shared)
+    sites = tuple(
+        replace(
+            site,
+            dense=replace(site.dense, layout=layouts[site.dense.tensor]),
+            compiled=replace(site.compiled, layout=others[site.compiled.tensor]),
+        )
+        for site in tau.sites
+    )
+    return replace(tau, sites=sites, notes=notes), (values, found)
 
 
-def _values(model: AuditModel, names: Sequence[str], batch: Mapping[str, Any]) -> Arrays:
-    """Tensors of those names, and all outputs."""
+def _in_file(
+    claims: Sequence[SiteClaim], dense: AuditModel, compiled: AuditModel
+) -> tuple[list[SiteClaim], tuple[str, ...]]:
+    """The sites that the dense file has; compiling parts packed projections, of which that may hold no single part."""
+    there, here = ({name for node in model.proto.graph.node for name in node.output} for model in (dense, compiled))
+    strange = [claim for claim in claims if claim.dense not in there and claim.dense in here]
+    if not strange or len(strange) == len(claims):
+        return list(claims), ()
+    names = ", ".join(claim.dense for claim in strange)
+    note = f"left out are sites at tensors that the dense file does not compute as they are: {names}"
+    return [claim for claim in claims if claim not in strange], (note,)
+
+
+def _reading(model: AuditModel, names: Sequence[str]) -> Callable[[Feed], Arrays]:
+    """What runs a model and gives the tensors of those names, and all outputs."""
     known = {name for node in model.proto.graph.node for name in node.output}
     for name in names:
         if name not in known:
@@ -305,8 +336,8 @@ def _values(model: AuditModel, names: Sequence[str], batch: Mapping[str, Any]) -
                 hint="give the tau of this pair with --tau or --plan",
             )
     dtypes = {spec.name: spec.dtype for spec in model.specs}
-    inputs = {name: array.astype(dtypes[name], copy=False) for name, array in batch.items()}
-    return Session(probe(model.skeleton, names), optimise=False).run(inputs)
+    session = Session(probe(model.skeleton, names), optimise=False)
+    return lambda batch: session.run({name: array.astype(dtypes[name], copy=False) for name, array in batch.items()})
 
 
 def _describe(tau: Tau, engine: Engine) -> tuple[AuditedSite, ...]:

@@ -16,10 +16,11 @@ from mscompile.calibration.seeds import SeedFeeds, Seeds
 from mscompile.calibration.statistics import Window
 from mscompile.calibration.summation import Feeds, Summation
 from mscompile.calibration.survey import Survey
-from mscompile.calibration.tally import Rows, Tally, View
+from mscompile.calibration.tally import Rows, Tally
+from mscompile.calibration.view import View, layout_of
 from mscompile.calibration.windows import features, thinning, window_name, window_of
+from mscompile.network.layout import FIRST
 from mscompile.network.scm import Reader, Scm, Site
-from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
 
 
@@ -86,6 +87,8 @@ class RoundTrip:
         Weight of one seed in the curvature.
     feeds
         What goes into the seeds.
+    in_front
+        Whether activations and gradients hold the samples in front, see `Turned`, whatever the network does.
     """
 
     model: ir.Model
@@ -96,6 +99,7 @@ class RoundTrip:
     refused: Mapping[str, str]
     share: float = 1.0
     feeds: SeedFeeds | None = None
+    in_front: bool = False
 
 
 def there_and_back(scm: Scm, sites: Sequence[Site], first: Survey, measure: Measure) -> RoundTrip:
@@ -169,12 +173,12 @@ class Instrument:
         self._graph.outputs.clear()
         passes = frozenset(self._graph)
         for site in sites:
-            shape = first.shapes[site.tensor]
-            centred = self._sum(site, shape)
+            view = View(self._build, site, first.shapes[site.tensor], first.samples)
+            centred = self._sum(view)
             for reader in site.readers if measure.windows else ():
                 window = window_of(site, reader, self._build.opset)
                 if window is not None:
-                    self._see(site, reader, window, centred, thinning(window, shape, samples, batches))
+                    self._see(view, reader, window, centred, thinning(window, view.whole, samples, batches))
         self.tally.pack()
         common.RemoveUnusedNodesPass()(self.model)
         self._sum_early(passes)
@@ -206,13 +210,14 @@ class Instrument:
     def _dtype(self, tensor: str) -> ir.DataType:
         return self._values[tensor].dtype or ir.DataType.FLOAT
 
-    def _sum(self, site: Site, shape: Shape) -> ir.Value:
-        """Return the sums of one site; gives the centred activations."""
-        build, measure = self._build, self._measure
-        view = View(build, site, shape, self._first.samples)
+    def _sum(self, view: View) -> ir.Value:
+        """Return the sums of one site; gives the centred activations, samples in front."""
+        build, measure, site = self._build, self._measure, view.site
+        front = view.turned.front if not self._trip.in_front else lambda value: value
         tensor = self._values[site.tensor]
         if self._dtype(site.tensor) != ir.DataType.FLOAT:
             tensor = build.op("Cast", tensor, to=int(ir.DataType.FLOAT))
+        tensor = front(tensor)
         centred = view.less(tensor, self.centres[site.tensor])
         if view.places is not None and view.steady:
             self.tally.add_steady(site.tensor, view.places)
@@ -237,14 +242,14 @@ class Instrument:
                 self.tally.add(Rows(site, quantity, rows, 1 if view.steady else None, view.image))
         if site.tensor not in self.differentiated:
             return centred
-        slopes = self._trip.slopes[site.tensor]
+        slopes = [front(slope) for slope in self._trip.slopes[site.tensor]]
         keep("s1", *slopes)
         keep("s2", *(build.op("Mul", slope, centred) for slope in slopes))
         if measure.second:
             rows = self._stacked([view.rows(slope) for slope in slopes])
             self._square(site, "second", rows, rows)
-        slope = self._trip.losses.get(site.tensor)
-        if slope is not None:
+        if site.tensor in self._trip.losses:
+            slope = front(self._trip.losses[site.tensor])
             keep("g1", slope)
             keep("g2", build.op("Mul", slope, centred))
         return centred
@@ -256,14 +261,13 @@ class Instrument:
             rows = build.op("Gather", rows, build.integers(list(channels)), axis=1)
         self.tally.add_square(site.tensor, quantity, self._products(rows, others), (len(channels), site.size))
 
-    def _see(self, site: Site, reader: Reader, window: Window, centred: ir.Value, thin: int) -> None:
+    def _see(self, view: View, reader: Reader, window: Window, centred: ir.Value, thin: int) -> None:
         """Return the second moments of a reader's window."""
-        build, name = self._build, window_name(reader)
+        build, site, name = self._build, view.site, window_name(reader)
         self.windows[name] = site, window, thin
         offset = None
-        if not window.kernel:
-            centred = self._channel_major(site, reader)
-        elif thin > 1:
+        centred = view.turned.back(centred) if window.kernel else self._channel_major(site, reader)
+        if window.kernel and thin > 1:
             offset = ir.Value(
                 name=f"{PREFIX}offset:{name}", shape=ir.Shape([len(window.kernel)]), type=ir.TensorType(ir.DataType.INT64)
             )
@@ -274,17 +278,14 @@ class Instrument:
         self.tally.add_count(name, "windows", count)
         self.tally.add_square(name, "window", self._products(rows), (window.features, window.features))
         if self._measure.shared:
-            others = build.op("Reshape", self._rolled(seen), flat)
+            layout = layout_of(reader.layout or FIRST, self._first.shapes[reader.data], self._first.samples, reader.data)
+            others = build.op("Reshape", self._rolled(seen, layout.behind or 1), flat)
             self.tally.add_square(name, "between", self._products(rows, others), (window.features, window.features))
 
     def _channel_major(self, site: Site, reader: Reader) -> ir.Value:
         """[samples, channels · places]: the input of a product less the site's centre."""
         build = self._build
-        linear = reader.signature.linear
-        assert linear is not None
-        source = reader.node.inputs[linear.data]
-        assert source is not None
-        value = build.op("Cast", self._values[source.name or ""], to=int(ir.DataType.FLOAT))
+        value = build.op("Cast", self._values[reader.data], to=int(ir.DataType.FLOAT))
         centre = self.centres[site.tensor][reader.index]
         centred = build.op("Sub", value, build.constant(centre, np.float32))
         order = np.argsort(reader.index, kind="stable")
@@ -295,12 +296,12 @@ class Instrument:
     def _products(self, rows: ir.Value, others: ir.Value | None = None) -> ir.Value:
         return self._build.op("MatMul", self._build.op("Transpose", rows, perm=[1, 0]), rows if others is None else others)
 
-    def _rolled(self, value: ir.Value) -> ir.Value:
-        """The value of the next sample at each sample, of the first at the last."""
-        build, first = self._build, self._build.integers([1])
+    def _rolled(self, value: ir.Value, rows: int = 1) -> ir.Value:
+        """The value of the next sample at each sample, of the first at the last; each has so many rows."""
+        build, first = self._build, self._build.integers([rows])
         if build.opset < 10:
-            tail = build.op("Slice", value, starts=[1], ends=[np.iinfo(np.int64).max], axes=[0])
-            return build.op("Concat", tail, build.op("Slice", value, starts=[0], ends=[1], axes=[0]), axis=0)
+            tail = build.op("Slice", value, starts=[rows], ends=[np.iinfo(np.int64).max], axes=[0])
+            return build.op("Concat", tail, build.op("Slice", value, starts=[0], ends=[rows], axes=[0]), axis=0)
         start, end = build.integers([0]), build.integers([np.iinfo(np.int64).max])
         return build.op(
             "Concat", build.op("Slice", value, first, end, start), build.op("Slice", value, start, first, start), axis=0

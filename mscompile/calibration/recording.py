@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from onnx_ir.passes import common
 
 from mscompile.calibration.instrument import Measure, RoundTrip, there_and_back
 from mscompile.calibration.survey import Survey
+from mscompile.calibration.view import View
 from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, Site, infer_shapes
 from mscompile.operators.backward import PREFIX, Builder
@@ -49,6 +51,7 @@ class Recording:
         self._sites = tuple(sites)
         found = there_and_back(scm, sites, first, measure)
         self._found = found
+        self._views = {s.tensor: View(found.build, s, first.shapes[s.tensor], first.samples) for s in sites}
         self._kinds = {site.tensor: found.values[site.tensor].dtype or ir.DataType.FLOAT for site in sites}
 
     def trip(self, sites: Sequence[Site]) -> RoundTrip:
@@ -57,16 +60,21 @@ class Recording:
         graph = model.graph
         values = {v.name or "": v for node in graph for v in node.outputs}
         given: list[ir.Value] = []
+        moving = Builder(graph, graph.opset_imports.get("", 1), prefix=f"{PREFIX}moved.")
 
         def take(name: str, tensor: str, kind: ir.DataType) -> ir.Value:
-            given.append(ir.Value(name=name, shape=ir.Shape(self._scm.shapes[tensor]), type=ir.TensorType(kind)))
+            turned = self._views[tensor].turned
+            shape = turned.in_front(None) if turned.moves else self._scm.shapes[tensor]
+            given.append(ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind)))
             return given[-1]
 
         for site in sites:
             made = values[site.tensor]
             made.name = f"{PREFIX}made:{site.tensor}"
             values[site.tensor] = take(site.tensor, site.tensor, self._kinds[site.tensor])
-            made.replace_all_uses_with(values[site.tensor], replace_graph_outputs=True)
+            as_made = replace(self._views[site.tensor].turned, build=moving).back(values[site.tensor])
+            made.replace_all_uses_with(as_made, replace_graph_outputs=True)
+        graph.sort()
         slopes = {
             site.tensor: [take(slope_of(site.tensor, k), site.tensor, ir.DataType.FLOAT) for k in range(len(there))]
             for site in sites
@@ -86,7 +94,7 @@ class Recording:
         common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
         build = Builder(graph, graph.opset_imports.get("", 1), fused=True)
         refused = {site.tensor: found.refused[site.tensor] for site in sites if site.tensor in found.refused}
-        return RoundTrip(model, build, values, slopes, losses, refused, found.share)
+        return RoundTrip(model, build, values, slopes, losses, refused, found.share, in_front=True)
 
     def samples_of(self, names: Sequence[str]) -> Samples:
         """What goes into a graph that begins at the recording, by name of its inputs."""
@@ -98,10 +106,11 @@ class Recording:
     def _recorded(self) -> Mapping[str, npt.NDArray[Any]]:
         found, samples = self._found, self._samples
         graph = found.model.graph
-        asked = {site.tensor: found.values[site.tensor] for site in self._sites}
+        front = {tensor: view.turned.front for tensor, view in self._views.items()}
+        asked = {tensor: front[tensor](found.values[tensor]) for tensor in front}
         for tensor, slopes in found.slopes.items():
-            asked |= {slope_of(tensor, k): slope for k, slope in enumerate(slopes)}
-        asked |= {loss_of(tensor): slope for tensor, slope in found.losses.items()}
+            asked |= {slope_of(tensor, k): front[tensor](slope) for k, slope in enumerate(slopes)}
+        asked |= {loss_of(tensor): front[tensor](slope) for tensor, slope in found.losses.items()}
         graph.outputs.clear()
         for name, value in asked.items():
             output = ir.Value(name=f"{PREFIX}recorded:{name}", type=value.type)
@@ -136,7 +145,8 @@ def loss_of(tensor: str) -> str:
 def recordable(scm: Scm, sites: Sequence[Site], samples: Samples, first: Survey, measure: Measure) -> dict[str, int]:
     """By site tensor, bytes per sample that are recorded of it.
 
-    Left out are those whose axis 0 does not count samples, whose shape depends on the data, or that numpy has no type for.
+    Left out are those that do not hold equally much of each sample, whose shape depends on the data, or that numpy has no
+    type for.
     """
     batch = {name: x if name in samples.shared else x[: first.samples] for name, x in samples.inputs.items()}
     shapes = infer_shapes(scm.model, {name: array.shape for name, array in batch.items()})
@@ -145,9 +155,12 @@ def recordable(scm: Scm, sites: Sequence[Site], samples: Samples, first: Survey,
     kinds = {v.name: v.dtype for node in scm.model.graph for v in node.outputs}
     found = {}
     for site in sites:
-        shape = shapes.get(site.tensor, ())
-        if kinds[site.tensor] in KINDS and shape and shape[0] == first.samples and all(isinstance(d, int) for d in shape):
-            found[site.tensor] = 4 * (1 + seeds) * math.prod(int(d or 0) for d in shape[1:])
+        sizes = shapes.get(site.tensor, ())
+        if kinds[site.tensor] not in KINDS or not sizes or not all(isinstance(size, int) for size in sizes):
+            continue
+        elements = math.prod(int(size or 0) for size in sizes)
+        if sizes[site.layout.axis] % first.samples == 0:  # type: ignore[operator]
+            found[site.tensor] = 4 * (1 + seeds) * elements // first.samples
     return found
 
 

@@ -6,7 +6,6 @@ and quantity would cost more than their work.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ import onnx_ir as ir
 
 from mscompile.calibration.statistics import Array
 from mscompile.network.scm import Site
-from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
 
 SUMS, EXTREMES = f"{PREFIX}sums", f"{PREFIX}extremes"
@@ -25,93 +23,6 @@ EXTREME: Mapping[str, float] = {"high": 1.0, "low": -1.0}
 """Rows of which the largest entries are returned, and what gives the quantity from them."""
 PRODUCTS: Mapping[str, Mapping[str, str]] = {"s1": {"s11": "s1", "s12": "s2"}, "s2": {"s22": "s2"}}
 """Rows of which not the sums are returned but those of products: by name, with which other rows."""
-
-
-@dataclass(frozen=True)
-class View:
-    """How the elements of a site's tensor are taken as samples, positions and channels."""
-
-    build: Builder
-    site: Site
-    shape: Shape
-    samples: int
-
-    @property
-    def rank(self) -> int:
-        """Rank of the tensor."""
-        return len(self.shape)
-
-    @property
-    def positions(self) -> list[int]:
-        """Axes of positions: neither samples, which axis 0 counts, nor channels."""
-        return [a for a in range(1, self.rank) if a != self.site.axis]
-
-    @property
-    def places(self) -> int | None:
-        """Positions per sample; None if not known before the graph runs."""
-        sizes = [self.shape[a] for a in self.positions]
-        return None if any(not isinstance(d, int) for d in sizes) else math.prod(int(d or 0) for d in sizes)
-
-    @property
-    def steady(self) -> bool:
-        """Whether axis 0 counts the samples, and each has the same number of positions."""
-        return self.shape[0] == self.samples and self.places is not None
-
-    @property
-    def image(self) -> bool:
-        """Whether positions are summed by pooling.
-
-        onnxruntime keeps images in a blocked layout of its own, which pooling, products of equal shapes and normalisation
-        take as it is; every other operator costs a conversion.
-        """
-        return self.rank == 4 and self.site.axis == 1 and self.steady
-
-    @property
-    def factor(self) -> float:
-        """Sum over positions, in units of what `over_positions` gives."""
-        return float(self.places or 1) if self.image else 1.0
-
-    def over_positions(self, value: ir.Value) -> ir.Value:
-        """[samples, channels], of an image [samples, channels, 1, 1]: the sum over positions, divided by `factor`."""
-        if self.image:
-            return self.build.op("GlobalAveragePool", value)
-        return self.build.reduce("ReduceSum", value, self.positions, keepdims=False) if self.positions else value
-
-    def less(self, value: ir.Value, centre: npt.NDArray[np.float32]) -> ir.Value:
-        """The value less a number per channel."""
-        build, channels = self.build, len(centre)
-        if not centre.any():
-            return value
-        if self.image:
-            zeros, ones = (build.constant(np.full(channels, number), np.float32) for number in (0.0, 1.0))
-            shift = build.constant(-centre, np.float32)
-            return build.op("BatchNormalization", value, ones, shift, zeros, ones, epsilon=0.0)
-        return build.op(
-            "Sub", value, build.constant(centre.reshape([-1] + [1] * (self.rank - 1 - self.site.axis)), np.float32)
-        )
-
-    def largest(self, value: ir.Value) -> ir.Value:
-        """[samples, channels], of an image [samples, channels, 1, 1]: the largest over positions."""
-        if self.image:
-            return self.build.op("GlobalMaxPool", value)
-        return self.build.reduce("ReduceMax", value, self.positions, keepdims=False) if self.positions else value
-
-    def largest_negated(self, value: ir.Value) -> ir.Value:
-        """The same of the negated value."""
-        build = self.build
-        if self.image:
-            zeros, ones = (build.constant(np.full(self.site.size, number), np.float32) for number in (0.0, 1.0))
-            less = build.constant(np.full(self.site.size, -1.0), np.float32)
-            return build.op("GlobalMaxPool", build.op("BatchNormalization", value, less, zeros, zeros, ones, epsilon=0.0))
-        smallest = build.reduce("ReduceMin", value, self.positions, keepdims=False) if self.positions else value
-        return build.op("Neg", smallest)
-
-    def rows(self, value: ir.Value) -> ir.Value:
-        """[observations, channels]."""
-        axis = self.site.axis
-        if axis != self.rank - 1:
-            value = self.build.op("Transpose", value, perm=[a for a in range(self.rank) if a != axis] + [axis])
-        return value if self.rank == 2 else self.build.op("Reshape", value, self.build.integers([-1, self.site.size]))
 
 
 @dataclass(frozen=True)

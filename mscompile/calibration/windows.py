@@ -44,7 +44,7 @@ ROWS_PER_FEATURE = 48
 
 def window_of(site: Site, reader: Reader, opset: int) -> Window | None:
     """The window of a reader that sees more than one position at a time; None where it has none, or too many features."""
-    window = view_of(site, reader)
+    window = view_of(site, reader) if reader.layout is not None and reader.layout.first else None
     return window if window is not None and window.taps > 1 and window.features <= FEATURES and opset >= OLDEST else None
 
 

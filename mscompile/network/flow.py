@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from mscompile.network.samples import Following
 from mscompile.network.units import Axes, Block, Classes
 from mscompile.operators import IntArray, Move, NodeView, Port, Regroup, Shape, Signature, signature
 from mscompile.operators.backward import FLOATS
-
-MIXED = -1
-"""In place of an axis: the samples share one with positions that come before them."""
 
 
 @dataclass(frozen=True)
@@ -149,19 +147,16 @@ class Walk:
     divided: dict[ir.Value, Refusal] = field(default_factory=dict)
     """Values whose rows would have to be whole, since single units of theirs cannot go: another walk says what can."""
     signatures: dict[ir.Node, Signature | str] = field(default_factory=dict)
-    samples: dict[ir.Value, int] = field(default_factory=dict)
-    """Axis that counts the samples, as far as it is known; `MIXED` where it counts positions first."""
+    samples: Following = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is known of the samples yet."""
+        self.samples = Following(self.shapes)
 
     def freeze(self, units: IntArray, refusal: Refusal) -> None:
         """Units that must stay; the first reason is kept."""
         for unit in units.ravel().tolist():
             self.frozen.setdefault(unit, refusal)
-
-    def begin(self, inputs: Sequence[ir.Value]) -> None:
-        """Samples are on axis 0 of the inputs, where that is free; of all, where it is of none."""
-        found = {value: self.shapes.get(value.name or "", ()) for value in inputs if not value.is_initializer()}
-        free = {value for value, shape in found.items() if shape and not isinstance(shape[0], int)}
-        self.samples = {value: 0 for value, shape in found.items() if shape and (value in free or not free)}
 
     def refuse_meeting(self, meeting: Meeting, refusal: Refusal) -> None:
         """What is contracted must stay; or go with all others of its rows, where that is what axes were split into alone."""
@@ -194,6 +189,7 @@ class Walk:
         if isinstance(found, Signature) and _says_too_little(node, found):
             found = "has a further output that is used"
         self.signatures[node] = found
+        self.samples.visit(view, found)
         for value in captured(node):
             self.freeze_value(value, Refusal(label(node), node.op_type, "uses them inside a subgraph"))
         if isinstance(found, str):
@@ -201,7 +197,6 @@ class Walk:
                 self.freeze_value(node.inputs[operand], Refusal(label(node), node.op_type, found))  # type: ignore[arg-type]
             return
         step = _Step(self, view, found)
-        step.follow_samples()
         for target, value in enumerate(node.outputs):
             step.label(~target, value)
         step.stop_heads()
@@ -250,26 +245,6 @@ class _Step:
         return {} if value is None else self.walk.heads.get(value, {})
 
     # -- from inputs to an output --
-
-    def follow_samples(self) -> None:
-        """The axis that counts the samples in the outputs."""
-        for target, value in enumerate(self.node.outputs):
-            axes = [axis for operand in self.view.live if (axis := self._samples(operand, ~target)) is not None]
-            if axes:
-                self.walk.samples[value] = max(axes)
-
-    def _samples(self, operand: int, target: int) -> int | None:
-        """Where an operand's samples go in an output; None where it has none, or nothing is known."""
-        axis = self.walk.samples.get(self.view.value(operand))  # type: ignore[arg-type]
-        shapes = self.view.shape(operand), self.view.shape(target)
-        if axis is None or axis == MIXED or shapes[0] is None or shapes[1] is None:
-            return axis
-        if (operand, axis) in self.links:
-            return next((a for o, a in self.links[operand, axis] if o == target), None)
-        if self.found.moving:
-            before = any(dim != 1 for dim in shapes[0][:axis])
-            return MIXED if before else next((a for a, dim in enumerate(shapes[1]) if dim != 1), None)
-        return axis if len(shapes[0]) == len(shapes[1]) else None
 
     def label(self, target: int, value: ir.Value) -> None:
         """Label an output by what its operands say of it."""

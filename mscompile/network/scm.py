@@ -61,6 +61,8 @@ class Scm:
         Units that must stay, with the reason.
     undivided
         Units that are whole rows, as heads whose queries and keys are rotated, with the reason why no part of them can go.
+    samples_met
+        Whether samples seem to be on two axes of one tensor, as they would where they are taken for positions.
     """
 
     model: ir.Model
@@ -73,6 +75,7 @@ class Scm:
     signatures: Mapping[ir.Node, Signature | str]
     frozen: Mapping[int, Refusal]
     undivided: Mapping[int, Refusal] = field(default_factory=dict)
+    samples_met: bool = False
 
     def site(self, tensor: str) -> Site:
         """Site of that tensor name; KeyError if there is none."""
@@ -210,7 +213,7 @@ def read_scm(model: ir.Model) -> Scm:
     apart: set[ir.Value] = set()
     while True:  # until it is known of which rows no part can go, and what goes with heads
         walk = Walk(shapes, model.graph.opset_imports.get("", 1), whole=whole, refused=refused, apart=apart)
-        walk.begin(model.graph.inputs)
+        walk.samples.begin(model.graph.inputs)
         for node in model.graph:
             walk.visit(node)
         for value in model.graph.outputs:
@@ -259,6 +262,7 @@ def read_scm(model: ir.Model) -> Scm:
         walk.signatures,
         frozen,
         {int(unit): refusal for units, refusal in reversed(walk.undivided) for unit in root[units]},
+        walk.samples.met,
     )
 
 

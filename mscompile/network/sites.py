@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mscompile.network.flow import MIXED, Meeting, Read, Refusal, Slot, Walk, label
+from mscompile.network.flow import Meeting, Read, Refusal, Slot, Walk, label
+from mscompile.network.layout import ROWS, Layout
 from mscompile.network.units import components
 from mscompile.operators import DIALECT, OUT, IntArray, Port, Signature, is_parameter
 
@@ -35,6 +36,8 @@ class Reader:
         ``index[i]`` is the site's channel that weight column i meets; a channel read at m places occurs m times.
     units
         ``units[i]`` is the unit that weight column i meets.
+    layout
+        Where the data operand holds the samples; None where that is not known.
     """
 
     node: ir.Node
@@ -44,6 +47,7 @@ class Reader:
     axis: int
     index: IntArray
     units: IntArray
+    layout: Layout | None = ROWS
 
     @property
     def weight(self) -> ir.Value:
@@ -51,6 +55,13 @@ class Reader:
         value = self.node.inputs[self.signature.linear.weight]  # type: ignore[union-attr]
         assert value is not None
         return value
+
+    @property
+    def data(self) -> str:
+        """Name of the tensor it contracts."""
+        value = self.node.inputs[self.signature.linear.data]  # type: ignore[union-attr]
+        assert value is not None
+        return value.name or ""
 
     @property
     def groups(self) -> int:
@@ -141,6 +152,8 @@ class Site:
         where of all.
     refusal
         Set where the units cannot be removed exactly; such a site is left alone.
+    layout
+        Where the tensor holds the samples.
     """
 
     tensor: str
@@ -152,6 +165,7 @@ class Site:
     pairings: tuple[Pairing, ...] = ()
     fixed: npt.NDArray[np.bool_] | None = None
     rows: IntArray | None = None
+    layout: Layout = ROWS
 
     @property
     def size(self) -> int:
@@ -219,6 +233,7 @@ def sites_of(walk: Walk) -> Callable[[IntArray, Mapping[int, Refusal], Sequence[
                 tuple(one.pairing for one in ones if one.pairing is not None),
                 stays if stays.any() else None,
                 _rows(ones),
+                walk.samples.of(tensor) or ROWS,
             )
 
     return settle
@@ -241,10 +256,10 @@ def _irregular(walk: Walk, tensor: ir.Value, axis: int, axes: Sequence[int]) -> 
         return "is read on several of its axes"
     if tensor.name not in walk.shapes:
         return "has no known rank"
-    samples = walk.samples.get(tensor, 0)
-    if samples == MIXED:
-        return "holds positions and samples on one axis, positions first"
-    return f"holds the samples on axis {samples}" if samples else None
+    layout = walk.samples.of(tensor)
+    if layout is None:
+        return "holds the samples where they cannot be followed"
+    return "holds units and samples on one axis" if layout.axis == axis else None
 
 
 @dataclass(frozen=True)
@@ -270,9 +285,11 @@ class _Trace:
             ):  # else a channel may be in several groups
                 tensor, axis, units, entry = origin
         index = _positions(units, read.units) if tensor is not value else np.arange(len(units), dtype=np.int64)
+        layout = self.walk.samples.of(value)
 
         def settled(root: IntArray) -> Reader:
-            return Reader(read.node, read.signature, entry, read.data_axis, read.weight_axis, index, root[read.units])
+            units = root[read.units]
+            return Reader(read.node, read.signature, entry, read.data_axis, read.weight_axis, index, units, layout)
 
         rows = None
         if linear.groups > 1:

@@ -239,9 +239,16 @@ Declaration = Callable[[NodeView], Signature | str]
 
 @dataclass(frozen=True)
 class Barrier:
-    """Declares nothing about the channels: the operator is a barrier, through which gradients may still find a way."""
+    """Declares nothing about the channels: the operator is a barrier, through which gradients may still find a way.
+
+    Attributes
+    ----------
+    samples
+        Ports of a node that count the samples alike, where these are not on the first axis of everything.
+    """
 
     reason: str | Callable[[NodeView], str] = "has no declaration"
+    samples: Callable[[NodeView], tuple[Port, ...]] = lambda _: ()
 
     def __call__(self, node: NodeView) -> str:
         """Give the reason."""

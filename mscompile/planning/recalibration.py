@@ -18,7 +18,6 @@ from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.windows import FEATURES, view_of
 from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
-from mscompile.network.scm import Reader
 from mscompile.planning.plan import Plan, SitePlan, WindowPlan
 from mscompile.planning.refits import Sums, Target, refit
 from mscompile.planning.scores import SQUARED_OUTPUTS, measured_risk, predictable
@@ -91,7 +90,7 @@ def recalibrate(
     names = list(outputs) or [source.output]
     weights = dict(outputs) or {source.output: 1.0}
     wanted = Session(source.model).run_all(held.batches(batch_size), names)
-    inputs = {_input(reader) for entry in plan.sites for reader in source.scm.site(entry.tensor).readers}
+    inputs = {reader.data for entry in plan.sites for reader in source.scm.site(entry.tensor).readers}
     dense = Session(probe(skeleton_of(source.model), sorted(inputs)))
 
     def carried_out(*sites: SitePlan) -> ir.Model:
@@ -157,19 +156,11 @@ def _unpacked(kept: Parcel) -> tuple[Step, tuple[WindowPlan, ...]]:
     return step, tuple(windows)
 
 
-def _input(reader: Reader) -> str:
-    linear = reader.signature.linear
-    assert linear is not None
-    value = reader.node.inputs[linear.data]
-    assert value is not None
-    return value.name or ""
-
-
 def _targets(source: DenseModel, entry: SitePlan, centre: np.ndarray) -> list[Target]:
     site = source.scm.site(entry.tensor)
     if site.rows is not None:  # what its readers see is mixed by attention, or in groups: the law does not hold there
         return []
-    views = ((reader, view_of(site, reader)) for reader in site.readers)
+    views = ((reader, view_of(site, reader)) for reader in site.readers if reader.layout is not None)
     targets = [Target(site, reader, view, entry, centre) for reader, view in views if view is not None]
     return [target for target in targets if target.features <= FEATURES]
 
@@ -186,15 +177,16 @@ def _refits(
     """New weights of the readers of one site, for those where they pay."""
     if not targets:
         return []
-    names = list(dict.fromkeys(_input(target.reader) for target in targets))
+    names = list(dict.fromkeys(target.reader.data for target in targets))
     compiled = Session(probe(skeleton_of(partial), names))
     halves = [(Sums(target, plan.swap), Sums(target, plan.swap)) for target in targets]
     rng = np.random.default_rng(seed)
     for number, batch in enumerate(samples.batches(batch_size)):
         there, here = dense.run(batch, names), compiled.run(batch, names)
+        count = min(batch_size, len(samples) - number * batch_size)
         for target, pair in zip(targets, halves, strict=True):
-            name = _input(target.reader)
-            (e, d), marks = target.rows((here[name], there[name]), len(samples), rng)
+            name = target.reader.data
+            (e, d), marks = target.rows((here[name], there[name]), count, len(samples), rng)
             pair[number % 2].add(e, d, marks)
     found = (refit(pair) for pair in halves)
     return [window for window in found if window is not None]

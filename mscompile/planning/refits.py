@@ -15,6 +15,7 @@ E h hᵀ and T of E t hᵀ are, near given weights W₀,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,9 @@ import numpy.typing as npt
 import scipy.linalg
 
 from mscompile.calibration.statistics import Window
+from mscompile.calibration.view import layout_of
 from mscompile.calibration.windows import ROWS_PER_FEATURE, through_marks, window_name, window_weight
+from mscompile.network.layout import FIRST
 from mscompile.network.scm import Reader, Site
 from mscompile.operators import IntArray
 from mscompile.planning.plan import SitePlan, WindowPlan
@@ -103,9 +106,9 @@ class Target:
         return by_tap if self.window.marks == self.window.taps else by_tap.sum(axis=0, keepdims=True)
 
     def rows(
-        self, arrays: Sequence[npt.NDArray[np.generic]], samples: int, rng: np.random.Generator
+        self, arrays: Sequence[npt.NDArray[np.generic]], count: int, samples: int, rng: np.random.Generator
     ) -> tuple[list[Rows], Rows]:
-        """What the reader sees in several tensors, at the same random places of each.
+        """What the reader sees in several tensors of `count` samples, at the same random places of each.
 
         Returns
         -------
@@ -114,10 +117,14 @@ class Target:
             feature over `samples` samples.
         """
         wanted = -(-ROWS_PER_FEATURE * self.features // samples)
+        layout = layout_of(self.reader.layout or FIRST, arrays[0].shape, count, self.reader.data)
+        count = arrays[0].shape[layout.axis] // math.prod((*layout.parts[0], *layout.parts[1]))
         if self.window.kernel:
-            return self._patches(arrays, wanted, rng)
-        order = np.argsort(self.reader.index, kind="stable")
-        flat = [np.moveaxis(a, self.reader.data_axis, -1).reshape(len(a), -1, len(order)) for a in arrays]
+            seen, marks = self._patches(arrays, wanted, rng)
+            parted = [layout.front(one, count).reshape(count, -1, *one.shape[2:]) for one in seen]
+            return parted, np.tile(marks, (len(seen[0]) // count, 1))
+        order, axis = np.argsort(self.reader.index, kind="stable"), layout.channel(self.reader.data_axis)
+        flat = [np.moveaxis(layout.front(a, count), axis, -1).reshape(count, -1, len(order)) for a in arrays]
         chosen = _places(flat[0].shape[1], wanted, rng)
         shape = (len(flat[0]), len(chosen), self.site.size, self.window.taps)
         seen = [

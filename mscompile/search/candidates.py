@@ -182,7 +182,7 @@ class Workshop:
         interchange = None
         if plan.sites:
             with self.clock.time("verify"):
-                pair = make_pair(source.model, compiled.model, plan, source.ranks, compiled.alignment)
+                pair = make_pair(source.scm, compiled.model, plan, compiled.alignment)
                 metric = None if options.metric is None else METRICS[options.metric]
                 interchange = Interchange(pair, self.parts["choose"], batch_size=self.batch, metric=metric)
         return Candidate(fitted, plan, compiled, interchange, steps)

@@ -99,7 +99,7 @@ def compile_from_weights(source: DenseModel, clock: Clock) -> Result:
     error = None
     if probes is not None:
         with clock.time("prove"):
-            pair = make_pair(source.model, compiled.model, plan, source.ranks, compiled.alignment)
+            pair = make_pair(source.scm, compiled.model, plan, compiled.alignment)
             error = fold_error(pair, plan, probes, len(probes))
     check = "on generated standard-normal inputs" if probes is not None else "not run: no data, and no inputs to generate"
     warning = "no data: only what the weights prove was done, and fidelity was not measured"

@@ -25,7 +25,8 @@ from mscompile.verification.interchange import Draws, Law, compared_output, disj
 from mscompile.verification.interventions import Intervened, Setting
 from mscompile.verification.metrics import Metric, default_metric
 from mscompile.verification.skeletons import Skeleton, skeleton_of
-from mscompile.verification.surgery import MATRIX, SHIFT, WEIGHT, Patch, patched, tunable
+from mscompile.verification.surgery import MATRIX, SHIFT, WEIGHT, patched, tunable
+from mscompile.verification.verify import patches_of
 
 HELD_BYTES = 1 << 28
 """Activations kept between candidates, at most; more are computed again."""
@@ -82,7 +83,8 @@ class Sweep:
     def __init__(self, source: DenseModel, samples: Samples, *, batch_size: int, metric: Metric | None = None) -> None:
         skeleton = skeleton_of(source.model)
         self.source, self.batch_size = source, batch_size
-        self.patches = [Patch(site.tensor, source.ranks[site.tensor], site.axis) for site in source.sites]
+        found = patches_of(source.scm)
+        self.patches = [found[site.tensor] for site in source.sites]
         mixed = [patch for site, patch in zip(source.sites, self.patches, strict=True) if not _by_weights(site)]
         names = [
             window_name(reader) for site in source.sites for reader in site.readers if view_of(site, reader) is not None

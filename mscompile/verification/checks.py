@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 
-from mscompile.errors import VerificationError
+from mscompile.errors import UnsupportedError, VerificationError
+from mscompile.network.layout import FIRST
+from mscompile.runtime import Session
 from mscompile.verification.interventions import Feed, Intervened, Setting
 
 FOLD_TOLERANCE = 1e-4
 """Largest fold error, in standard deviations of the output: float32 rounding through tens of layers stays below it."""
 BATCH_EFFECT = 1e-4
 """Change of an output, in standard deviations, that rounding explains when a sample is run alone."""
+MINGLED = 0.1
+"""The same from which samples are no samples: activations in 8 bits, scaled by all that is in a batch, stay below it."""
 
 
 def check_patches(
@@ -116,29 +121,72 @@ def cuts_all_paths(model: onnx.ModelProto, tensors: Sequence[str], output: str) 
 
 
 def check_rows(name: str, model: Intervened, batch: Feed, shared: frozenset[str] = frozenset()) -> None:
-    """Tensors with several rows to a sample, such as tokens, must hold each sample's rows together and in order.
+    """Tensors must hold each sample where their layout says, so that a unit of one can be told from that of another.
+
+    Of a first axis with a row for each sample nothing else is asked.
 
     Raises
     ------
     VerificationError
-        One does not, so that a unit of one sample cannot be told from that of another.
+        One does not.
     """
-    count = _count(batch, shared)
-    values = model.read(batch)
-    first = {
-        key: array if key in shared else np.ascontiguousarray(np.repeat(array[:1], count, axis=0))
-        for key, array in batch.items()
-    }
-    alone = model.read(first)
-    for patch in model.patches:
-        rows, rest = divmod(values[patch.tensor].shape[0], count)
-        same = not rest and unchanged(alone[patch.tensor][:rows], values[patch.tensor][:rows], model.digits)
-        if rest or (rows > 1 and not same):
+    asked = [patch for patch in model.patches if patch.layout != FIRST]
+    if not asked:
+        return
+    count, names = _count(batch, shared), [patch.tensor for patch in asked]
+    values, alone = model.read(batch, names), model.read(_one_alone(batch, shared), names)
+    for patch in asked:
+        size = values[patch.tensor].shape[patch.layout.axis]
+        if patch.layout.first and size == count:
+            continue
+        try:
+            there, here = (patch.layout.front(found[patch.tensor], count)[0] for found in (values, alone))
+            same = unchanged(here, there, model.digits)
+        except ValueError:
+            same = False
+        if not same:
             raise VerificationError(
                 f"units of the {name} model cannot be set sample by sample",
                 where=patch.tensor,
-                why=f"{count} samples give {values[patch.tensor].shape[0]} rows, which are not theirs in order",
-                hint="leave this site out of tau",
+                why=f"{count} samples give {size} places on axis {patch.layout.axis}, which are not theirs in order",
+                hint="leave this site alone with --freeze, in an audit out of tau",
+            )
+
+
+def _one_alone(batch: Feed, shared: frozenset[str]) -> Feed:
+    """The batch with its first sample in place of all others."""
+    return {
+        key: array if key in shared else np.ascontiguousarray(np.repeat(array[:1], len(array), axis=0))
+        for key, array in batch.items()
+    }
+
+
+def check_independence(model: ir.Model, batch: Feed, outputs: Iterable[str], shared: frozenset[str] = frozenset()) -> None:
+    """A sample's result must not depend on the others in its batch, as it does where positions are taken for samples.
+
+    Raises
+    ------
+    UnsupportedError
+        It does.
+    """
+    names, count = list(outputs), _count(batch, shared)
+    if not names or count == 1:
+        return
+    session = Session(model)
+    together, alone = session.run(batch, names), session.run(_one_alone(batch, shared), names)
+    for name in names:
+        rows, rest = divmod(len(together[name]), count)
+        a, b = (found[name][:rows].astype(np.float64) for found in (together, alone))
+        spread = max(float(together[name].astype(np.float64).std()), float(np.finfo(np.float32).tiny))
+        effect = 0.0 if rest or not a.size else float(np.abs(a - b).max()) / spread
+        if rest or effect > MINGLED:
+            raise UnsupportedError(
+                "the samples do not go through the model one by one",
+                where=f"output {name!r}",
+                why=f"{count} samples give {len(together[name])} results"
+                if rest
+                else f"that of one sample changes by {effect:.2g} standard deviations with the others in its batch",
+                hint="axis 0 of every input must count samples, not positions: export with the batch axis first",
             )
 
 
@@ -184,9 +232,9 @@ def planted_defects(
     for patch in model.patches:
         mask = np.zeros((count, values[patch.tensor].shape[patch.axis]), dtype=np.bool_)
         mask[:, kept[patch.tensor]] = rng.random((count, len(kept[patch.tensor]))) < 0.5
-        rows = values[patch.tensor].shape[0] // count
-        source = values[patch.tensor].reshape(count, rows, *values[patch.tensor].shape[1:])[::-1]
-        settings[patch.tensor] = (mask, np.ascontiguousarray(source.reshape(values[patch.tensor].shape)))
+        layout = patch.layout.of(values[patch.tensor].shape, count)
+        source = layout.back(layout.front(values[patch.tensor], count)[::-1])
+        settings[patch.tensor] = (mask, np.ascontiguousarray(source))
     wanted = model.run(batch, settings, outputs)
 
     def same(changed: Mapping[str, Setting]) -> bool:

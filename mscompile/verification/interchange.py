@@ -215,7 +215,7 @@ class Opened:
         for site, mask in zip(self.pair.sites, masks, strict=True):
             value = values[site.dense.tensor]
             taken = value if _whole(site) else np.take(value, site.origin, axis=site.dense.axis)
-            settings[site.compiled.tensor] = (self._narrow(site, mask), _moved(taken, site))
+            settings[site.compiled.tensor] = (self._narrow(site, mask), _moved(taken, site, len(mask)))
         return settings
 
     def _narrow(self, site: Correspondence, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -296,11 +296,18 @@ def _whole(site: Correspondence) -> bool:
     return site.width == site.size and np.array_equal(site.origin, np.arange(site.size))
 
 
-def _moved(values: npt.NDArray[Any], site: Correspondence) -> npt.NDArray[Any]:
-    """Values with their channels on the axis where the compiled model has them."""
-    if site.dense.axis == site.compiled.axis:
-        return values
-    return np.moveaxis(values, site.dense.axis, site.compiled.axis)
+def _moved(values: npt.NDArray[Any], site: Correspondence, samples: int) -> npt.NDArray[Any]:
+    """Values with their channels, and the samples, where the compiled model has them."""
+    dense, compiled = site.dense, site.compiled
+    if dense.layout == compiled.layout:
+        return values if dense.axis == compiled.axis else np.moveaxis(values, dense.axis, compiled.axis)
+    here, there = dense.layout.of(values.shape, samples), compiled.layout
+    front = np.moveaxis(here.front(values, samples), here.channel(dense.axis), 1)
+    apart = there.split((-1,) * compiled.rank, samples)
+    places = [apart[a] for a in range(len(apart)) if a not in (there.place, there.split_axis(compiled.axis))]
+    if len(places) != front.ndim - 2:  # the same positions in order, on more axes or fewer
+        front = front.reshape(*front.shape[:2], *places)
+    return np.ascontiguousarray(there.back(np.moveaxis(front, 1, there.channel(compiled.axis))))
 
 
 def compared_output(model: onnx.ModelProto) -> str:

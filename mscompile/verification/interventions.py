@@ -23,7 +23,10 @@ from mscompile.verification.surgery import MASK, SOURCE, Patch, patched, probe
 
 Feed = Mapping[str, npt.NDArray[Any]]
 Setting = tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]
-"""[samples, channels]: which units are set; and their values: like the tensor, or anything that broadcasts to it."""
+"""[samples, channels]: which units are set; and their values: like the tensor, or anything that broadcasts to it.
+
+Where a tensor holds the samples on another axis than the first, or positions on the same one, its `Patch.layout` says so.
+"""
 
 
 class Intervened:
@@ -91,9 +94,7 @@ class Intervened:
                 feeds[source_name] = np.zeros((1,) * patch.rank, dtype=dtype)
                 continue
             mask, values = settings[patch.tensor]
-            if values.shape[0] > len(mask):  # several rows to a sample, such as tokens
-                mask = np.repeat(mask, values.shape[0] // len(mask), axis=0)
-            feeds[mask_name] = patch.mask(mask)
+            feeds[mask_name] = patch.mask(mask, values.shape[patch.layout.axis])
             feeds[source_name] = values.astype(dtype, copy=False)
         return feeds
 

@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from mscompile.network.layout import ROWS, Layout
 from mscompile.verification.skeletons import HEAVY, Skeleton, Weights, stub
 
 MASK = "mscompile.mask:"
@@ -26,20 +27,22 @@ MATRIX = "mscompile.matrix:"
 
 @dataclass(frozen=True)
 class Patch:
-    """Where to intervene: a tensor, its rank and its channel axis."""
+    """Where to intervene: a tensor, its rank and its channel axis, and where it holds the samples."""
 
     tensor: str
     rank: int
     axis: int
+    layout: Layout = ROWS
 
-    def mask(self, swapped: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    def mask(self, swapped: npt.NDArray[np.bool_], size: int = 1) -> npt.NDArray[np.bool_]:
         """[samples, channels] selection as a tensor that broadcasts over positions.
 
-        A channel axis 0 or samples elsewhere than axis 0 cannot be told apart from positions.
+        One sample stands for all. `size` is that of the axis of the samples, where positions count on it, too.
         """
+        rows = swapped if len(swapped) == 1 else self.layout.rows(swapped, size)
         shape = [1] * self.rank
-        shape[0], shape[self.axis] = swapped.shape
-        return swapped.reshape(shape)
+        shape[self.layout.axis], shape[self.axis] = rows.shape
+        return (rows if self.layout.axis < self.axis else rows.T).reshape(shape)
 
 
 def probe(model: Skeleton, tensors: Iterable[str]) -> Skeleton:

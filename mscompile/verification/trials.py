@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from mscompile.intake.samples import Samples
+from mscompile.network.layout import Layout
 from mscompile.operators import IntArray
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.run import ALONE, Run, Tick
@@ -78,8 +79,8 @@ class Interchanges:
         dense, compiled = (_skeleton(parcel, name) for name in MODELS)
         sites = tuple(
             Correspondence(
-                Patch(**site["dense"]),
-                Patch(**site["compiled"]),
+                _patch(site["dense"]),
+                _patch(site["compiled"]),
                 site["size"],
                 site["width"],
                 parcel.arrays[f"kept {number}"],
@@ -88,6 +89,10 @@ class Interchanges:
             for number, site in enumerate(parcel.header["sites"])
         )
         return cls(Pair(dense, compiled, sites), parcel.header["answers"])
+
+
+def _patch(fields: Mapping[str, Any]) -> Patch:
+    return Patch(**{**fields, "layout": Layout(**fields["layout"])})
 
 
 def _skeleton(parcel: Parcel, name: str) -> Skeleton:

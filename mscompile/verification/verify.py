@@ -18,11 +18,12 @@ import onnx_ir as ir
 
 from mscompile.errors import VerificationError
 from mscompile.intake.samples import Samples
+from mscompile.network.scm import Scm
 from mscompile.operators import IntArray
 from mscompile.planning.plan import Plan, SitePlan
 from mscompile.runtime import Progress, Session, no_progress
 from mscompile.verification.certificate import risk_bound
-from mscompile.verification.checks import FOLD_TOLERANCE
+from mscompile.verification.checks import FOLD_TOLERANCE, check_rows
 from mscompile.verification.interchange import Correspondence, Engine, Law, Pair, disjoint_pairs
 from mscompile.verification.interventions import Feed
 from mscompile.verification.metrics import Difference, Metric, relative_mse
@@ -40,23 +41,27 @@ __all__ = [
     "Pair",
     "fold_error",
     "make_pair",
+    "patches_of",
     "relative_mse",
     "replacement_of",
 ]
 
 
-def make_pair(
-    dense: ir.Model, compiled: ir.Model, plan: Plan, ranks: Mapping[str, int], alignment: Mapping[str, IntArray]
-) -> Pair:
-    """Pair two models up by a plan and the dense channel behind each compiled one."""
-    sites = []
+def patches_of(scm: Scm) -> dict[str, Patch]:
+    """Where to intervene, by site."""
+    return {site.tensor: Patch(site.tensor, len(scm.shapes[site.tensor]), site.axis, site.layout) for site in scm.sites}
+
+
+def make_pair(scm: Scm, compiled: ir.Model, plan: Plan, alignment: Mapping[str, IntArray]) -> Pair:
+    """Pair a dense model and a compiled one up by a plan and the dense channel behind each compiled one."""
+    sites, patches = [], patches_of(scm)
     for site in plan.sites:
-        patch = Patch(site.tensor, ranks[site.tensor], site.axis)
+        patch = patches[site.tensor]
         # A retained channel that nothing reads may have gone with the replaced ones; intervening on it would say nothing.
         left = alignment.get(site.tensor, np.arange(site.size, dtype=np.int64))
         kept = np.intersect1d(site.kept, left)
         sites.append(Correspondence(patch, patch, site.size, len(left), kept, np.searchsorted(left, kept)))
-    return Pair(skeleton_of(dense), skeleton_of(compiled), tuple(sites))
+    return Pair(skeleton_of(scm.model), skeleton_of(compiled), tuple(sites))
 
 
 def fold_error(pair: Pair, plan: Plan, samples: Samples, batch_size: int) -> float:
@@ -162,6 +167,8 @@ class Interchange:
 
     def __init__(self, pair: Pair, samples: Samples, *, batch_size: int, metric: Metric | None = None) -> None:
         self.engine = Engine(pair, samples, batch_size=batch_size, metric=metric)
+        for name, model in (("dense", self.engine.dense), ("compiled", self.engine.compiled)):
+            check_rows(name, model, self.engine.batch, samples.shared)
         self.pair, self.metric = pair, self.engine.metric
         self.full_source_checked = self.engine.full_source_checked
 

@@ -111,8 +111,7 @@ def outcome(model: onnx.ModelProto, feed: Arrays) -> str:
             plan = plan_for(source.model, kind, np.random.default_rng(0), lambda size: max(1, round(KEEP * size)))
             compiled = rewrite(source.model, plan)
             onnx.checker.check_model(ir.to_proto(compiled.model))
-            ranks = {tensor: len(shape) for tensor, shape in source.scm.shapes.items()}
-            pair = make_pair(source.model, compiled.model, plan, ranks, compiled.alignment)
+            pair = make_pair(source.scm, compiled.model, plan, compiled.alignment)
             count = len(next(iter(feed.values())))
             error = fold_error(pair, plan, Samples(dict(feed), None, "generated"), count)
             assert error <= FOLD_TOLERANCE

@@ -107,7 +107,7 @@ def candidate_of(
         swap=swap,
     )
     compiled = rewrite(dense.model, plan)
-    return Candidate(plan, compiled, make_pair(dense.model, compiled.model, plan, dense.ranks, compiled.alignment))
+    return Candidate(plan, compiled, make_pair(dense.scm, compiled.model, plan, compiled.alignment))
 
 
 def accuracy_of_interchange(

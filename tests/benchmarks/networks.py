@@ -28,15 +28,17 @@ def sequences() -> tuple[Tensor, ...]:
 
 
 class Encoder(nn.Module):
-    """Two of torch's own encoder layers."""
+    """Two of torch's own encoder layers, which take samples or positions first."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_first: bool = True) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, activation="gelu")
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first, norm_first=True, activation="gelu")
         self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 5)
+        self.batch_first = batch_first
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x).mean(1))
+        given = x if self.batch_first else x.transpose(0, 1)
+        return self.head(self.layers(given).mean(1 if self.batch_first else 0))
 
 
 class Packed(nn.Module):
@@ -339,6 +341,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor,
     "resnet": (ARCHITECTURES["resnet"].build, lambda: (torch.randn(2, 1, 28, 28),)),
     "vit": (ARCHITECTURES["vit"].build, lambda: (torch.randn(2, 1, 28, 28),)),
     "nn.TransformerEncoder": (Encoder, sequences),
+    "nn.TransformerEncoder, positions first": (lambda: Encoder(batch_first=False), sequences),
     "packed projection": (Packed, sequences),
     "grouped-query, gated": (Grouped, sequences),
     "rotary, normalised heads": (Rotary, sequences),

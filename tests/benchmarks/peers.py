@@ -134,7 +134,7 @@ def ours(network: Network, share: float) -> Made | None:
 def _pair_of_plan(dense: DenseModel, model: ir.Model, plan: Plan) -> Pair:
     from mscompile.rewrite import rewrite
 
-    return make_pair(dense.model, model, plan, dense.ranks, rewrite(dense.model, plan).alignment)
+    return make_pair(dense.scm, model, plan, rewrite(dense.model, plan).alignment)
 
 
 def baseline(objective: str, replacement: str) -> Method:
