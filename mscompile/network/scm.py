@@ -15,9 +15,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mscompile.network.flow import Creator, Refusal, Slot, Walk, captured, label
-from mscompile.network.sites import Pairing, Reader, Site, sites_of
+from mscompile.network.findings import Creator, Refusal, Slot, captured, label
+from mscompile.network.flow import visit
+from mscompile.network.sites import Pairing, Reader, Site
+from mscompile.network.tracing import sites_of
 from mscompile.network.units import Axes, Block, Labels, along, even
+from mscompile.network.walk import Walk
 from mscompile.operators import Dim, IntArray, Shape, Signature, declared, is_parameter
 
 __all__ = [
@@ -215,7 +218,7 @@ def read_scm(model: ir.Model) -> Scm:
         walk = Walk(shapes, model.graph.opset_imports.get("", 1), whole=whole, refused=refused, apart=apart)
         walk.samples.begin(model.graph.inputs)
         for node in model.graph:
-            walk.visit(node)
+            visit(walk, node)
         for value in model.graph.outputs:
             walk.freeze_value(value, Refusal(value.name or "?", "", "is a model output"))
         sites = sites_of(walk)  # may freeze what nothing can be folded into
