@@ -128,7 +128,7 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option("--metric", help="Agreement: argmax, distance, cosine, equality. [default: by the output's shape]")
 @click.option("--labels", metavar="NAME", help="Name of the labels in the data.")
 @click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="[default: 64, or as many as fit]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--only", metavar="REGEX", help="Cut only sites whose name matches.")
 @click.option("--freeze", metavar="REGEX", help="Never cut sites whose name matches.")

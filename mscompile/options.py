@@ -24,6 +24,10 @@ def _is_pattern(text: str | None) -> bool:
     return True
 
 
+USUAL = 64
+"""Samples of a batch, where there is room."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to compile. Defaults are those of the command line.
@@ -63,7 +67,8 @@ class Options:
     samples
         Samples to use at most; all if None.
     batch_size, seed
-        Of calibration and verification; of splits and interchanges.
+        Of calibration and verification, `USUAL` if None, or fewer where those take too much memory; of splits and
+        interchanges.
     only, freeze
         Regular expressions on site names: cut only these, never those.
     """
@@ -87,7 +92,7 @@ class Options:
     metric: Literal["argmax", "distance", "cosine", "equality"] | None = None
     labels: str | None = None
     samples: int | None = None
-    batch_size: int = 64
+    batch_size: int | None = None
     seed: int = 0
     only: str | None = None
     freeze: str | None = None
@@ -108,7 +113,7 @@ class Options:
                 self.output is None or (bool(self.output) and all(0.0 < w < math.inf for w in self.output.values())),
                 "gives outputs positive weights",
             ),
-            ("batch_size", self.batch_size >= 1, "is at least 1"),
+            ("batch_size", self.batch >= 1, "is at least 1"),
             ("seed", self.seed >= 0, "is not negative"),
             ("objective", self.objective in OBJECTIVES, f"is one of {', '.join(OBJECTIVES)}"),
             ("replacement", self.replacement in REPLACEMENTS, f"is one of {', '.join(REPLACEMENTS)}"),
@@ -132,6 +137,11 @@ class Options:
                     why=f"it {rule}",
                     hint="see `mscompile compile --help`",
                 )
+
+    @property
+    def batch(self) -> int:
+        """Samples at a time."""
+        return USUAL if self.batch_size is None else self.batch_size
 
     @property
     def _costs(self) -> tuple[tuple[str, float | None], ...]:

@@ -135,7 +135,7 @@ def _compile(
             hint="`mscompile inspect MODEL` lists every site and weight with its reason",
         )
     if samples is not None and source.scm.samples_met:
-        batch = next(samples.batches(options.batch_size))
+        batch = next(samples.batches(options.batch))
         check_independence(source.model, batch, source.weighted_outputs(options), samples.shared)
     run.work.begin(
         model=source.sha256,
@@ -148,6 +148,7 @@ def _compile(
         if samples is None
         else compile_from_data(source, samples, options, clock, run, progress)
     )
+    options = replace(options, batch_size=result.batch or options.batch)
     warnings += result.warnings
     if samples is not None:
         samples.check_unchanged()

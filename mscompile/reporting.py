@@ -69,7 +69,7 @@ def build_report(
     batch_size = None
     if probe is not None:
         with clock.time("measure"):
-            batch_size = min(options.batch_size, len(probe))
+            batch_size = min(options.batch, len(probe))
             first = next(probe.batches(batch_size))
             shapes = {name: array.shape for name, array in first.items()}
             macs = count_macs(source.model, shapes), count_macs(compiled, shapes)

@@ -57,6 +57,10 @@ class Session:
     spin
         Whether idle threads wait busily, as onnxruntime does by default: quick on an idle machine, on a busy one a waste of
         what others, and other sessions, could use.
+    lean
+        Whether memory goes back to the system as soon as a tensor is not needed any more. What onnxruntime keeps for the
+        next one otherwise comes to twice of what is needed, and is quicker where tensors are small. Models with large
+        weights are run so in any case.
 
     Raises
     ------
@@ -71,6 +75,7 @@ class Session:
         optimise: bool = True,
         threads: int | None = None,
         spin: bool = True,
+        lean: bool = False,
     ) -> None:
         self.provider = chosen()
         options = ort.SessionOptions()
@@ -91,7 +96,10 @@ class Session:
         if given:
             options.add_external_initializers(list(given), list(given.values()))
         disabled = None
-        if skeleton.weight_bytes > (LARGE if optimise else shelf.LARGE):
+        large = skeleton.weight_bytes > (LARGE if optimise else shelf.LARGE)
+        if large or lean:
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        if large:
             options.add_session_config_entry("session.disable_prepacking", "1")
             disabled = ["ConstantFolding"]
         try:

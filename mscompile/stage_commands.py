@@ -79,7 +79,7 @@ DATA: tuple[Callable[[Any], Any], ...] = (
     click.option("--calib", metavar="SRC", help="Data. [default: MODEL.calib.npz beside the model]"),
     click.option("--labels", metavar="NAME", help="Name of the labels in the data."),
     click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True),
+    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="[default: 64, or as many as fit]"),
 )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mscompile.calibration.anchors import Anchors, with_scales
+from mscompile.calibration.batches import fitting_batch
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.prediction import SiteCheck, check_units, imbalance
 from mscompile.calibration.statistics import Statistics
@@ -100,20 +101,22 @@ def _calibrate(
             hint="`mscompile inspect MODEL` lists every site and weight with its reason",
         )
     if dense.scm.samples_met:
-        batch = next(samples.batches(dense.batch or options.batch_size))
-        check_independence(dense.model, batch, dense.weighted_outputs(options), samples.shared)
+        few = next(samples.batches(dense.batch or options.batch))
+        check_independence(dense.model, few, dense.weighted_outputs(options), samples.shared)
     run.work.begin(
         model=dense.sha256,
         data=samples.sha256,
         source=samples.source,
         target=str((output or dense.path or Path("model")).absolute()),
     )
+    measure = what_to_measure(dense, options)
+    batch = fitting_batch(dense.scm, dense.sites, samples, measure, dense.batch or options.batch_size, run)
     statistics = calibrate(
         dense.scm,
         dense.sites,
         samples,
-        batch_size=dense.batch or options.batch_size,
-        measure=what_to_measure(dense, options),
+        batch_size=batch,
+        measure=measure,
         run=run,
         progress=progress,
     )
@@ -126,13 +129,13 @@ def _calibrate(
         options.objective,
         samples,
         anchors,
-        measure=what_to_measure(dense, options),
-        batch_size=dense.batch or options.batch_size,
+        measure=measure,
+        batch_size=batch,
         run=run,
         progress=progress,
     )
     scores = score(dense.scm, dense.sites, statistics, options.objective, seed=options.seed)
-    notes = (*samples.notes, *scores.warnings, *imbalance(dense.model, outputs, next(samples.batches(options.batch_size))))
+    notes = (*samples.notes, *scores.warnings, *imbalance(dense.model, outputs, next(samples.batches(batch))))
     if check:
         checks = tuple(
             check_units(
@@ -144,7 +147,7 @@ def _calibrate(
                 outputs,
                 samples,
                 count=check,
-                batch_size=dense.batch or options.batch_size,
+                batch_size=batch,
                 seed=options.seed,
                 exclude={tensor: anchors.of(site) for site in dense.sites if (tensor := site.tensor) in statistics.scales},
                 progress=progress,
@@ -311,7 +314,7 @@ def _apply(model: Model, plan: Plan, data: Source | None, output: Path | None, o
     error = None
     if samples is not None and plan.sites:
         pair = make_pair(dense.scm, compiled.model, plan, compiled.alignment)
-        error = fold_error(pair, plan, samples, dense.batch or options.batch_size)
+        error = fold_error(pair, plan, samples, dense.batch or options.batch)
     stamped: ir.Model = stamp(compiled, plan, dense.sha256)
     if output is not None:
         save_model(stamped, output)

@@ -14,21 +14,20 @@ from functools import partial
 import numpy as np
 import onnxruntime as ort
 
-from mscompile import runtime
+from mscompile.calibration.batches import SMALL_BYTES, held_by
 from mscompile.calibration.instrument import Instrument, Measure
 from mscompile.calibration.recording import Recording, cut, recordable
+from mscompile.calibration.room import BYTES, bytes_found, entries, room_for_sums
 from mscompile.calibration.statistics import Array, Curvature, Moments, Statistics, WindowMoments
 from mscompile.calibration.summation import Shards, Summation
 from mscompile.calibration.survey import Survey, survey
 from mscompile.calibration.tally import name_of, quantity_of
 from mscompile.calibration.totals import total
-from mscompile.calibration.windows import window_name, window_of
-from mscompile.errors import ResourceError, UsageError
-from mscompile.files import weight_bytes
+from mscompile.calibration.windows import window_name
+from mscompile.errors import UsageError
 from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, Site
 from mscompile.runs import shelf
-from mscompile.runs.limits import gigabytes
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 
@@ -36,12 +35,6 @@ GROUP_BYTES = 1 << 30
 """Bytes of channel-by-channel sums in the making; sites beyond it wait for another pass over the data."""
 RECORDED_BYTES = 1 << 28
 """The same where sites are recorded."""
-BYTES = 24
-"""Per entry: in float32 before and after a batch, in float64 on the way and in total."""
-MOST_PASSES = 16
-"""Passes over the data that a site may take under a memory limit."""
-PROGRAM_BYTES, WEIGHT_COPIES = 1 << 28, 4
-"""What the program takes by itself; copies of the weights while a graph goes into onnxruntime, none of large ones."""
 
 
 def calibrate(
@@ -68,8 +61,9 @@ def calibrate(
         Labels are needed and missing.
     """
     opset = scm.model.graph.opset_imports.get("", 1)
+    held = held_by(scm, sites, samples, measure, batch_size, closely=run.memory is not None)
     if run.memory is not None:
-        memory = min(memory, _room(run.memory, scm, sites, samples, measure, opset))
+        memory = min(memory, room_for_sums(run.memory, scm, sites, samples, measure, held))
     whole: Statistics | None = None
     stage = run.work.stage(
         "calibrate",
@@ -79,7 +73,7 @@ def calibrate(
         measure=vars(measure),
         memory=memory,
     )
-    board = run.work.shelf(_found(sites, measure, opset))
+    board = run.work.shelf(bytes_found(sites, measure, opset))
     outputs = measure.outputs if measure.curvature != "none" else {}
     first = survey(scm, sites, next(samples.batches(batch_size)), min(batch_size, len(samples)), outputs)
     passes, together = _passes(scm, sites, samples, batch_size, measure, memory, first)
@@ -87,7 +81,9 @@ def calibrate(
     for number, (group, blocks) in enumerate(passes):
         if number in together:
             own = [site for other in together[number] for site in passes[other][0]]
-            recording = Recording(scm, own, samples, batch_size, measure, first, shelf.Shelf(run.work.root), progress)
+            recording = Recording(
+                scm, own, samples, batch_size, measure, first, shelf.Shelf(run.work.root), progress, held > SMALL_BYTES
+            )
         elif not any(number in others for others in together.values()):
             recording = None
         parts = [
@@ -100,6 +96,7 @@ def calibrate(
                 replace(measure, block=block, windows=measure.windows and not i),
                 first,
                 recording,
+                held > SMALL_BYTES,
                 partial(total, stage=stage, name=f"pass-{number}-{i}", run=run, progress=progress),
             )
             for i, block in enumerate(blocks)
@@ -118,7 +115,7 @@ def _groups(
     group: list[Site] = []
     used = 0
     for site in sites:
-        squares, features = _entries(site, measure, opset)
+        squares, features = entries(site, measure, opset)
         size = BYTES * (squares * site.size + features)
         if group and used + size > memory:
             yield group, [None]
@@ -146,51 +143,11 @@ def _passes(
         return groups, {}
     sizes = recordable(scm, sites, samples, first, measure)
     if sizes.keys() == {site.tensor for site in sites}:
-        entries = [(site.size, *_entries(site, measure, opset)) for site in sites]
-        largest = max(BYTES * (squares * size + features) for size, squares, features in entries)
+        found = [(site.size, *entries(site, measure, opset)) for site in sites]
+        largest = max(BYTES * (squares * size + features) for size, squares, features in found)
         groups = list(_groups(sites, measure, opset, min(memory, max(largest, RECORDED_BYTES))))
-    found = cut([group for group, _ in groups], sizes, len(samples), batch_size)
-    return groups, {block[0]: block for block in found if sum(len(groups[number][1]) for number in block) > 1}
-
-
-def _entries(site: Site, measure: Measure, opset: int) -> tuple[int, int]:
-    """Numbers in the outer products of a site: per channel, and of what its readers see at once."""
-    squares = measure.covariance + measure.covariance * measure.shared + measure.second
-    seen = [window_of(site, reader, opset) for reader in site.readers] if measure.windows else []
-    features = sum(window.features**2 for window in seen if window is not None) * (1 + measure.shared)
-    return squares * site.size, features
-
-
-def _found(sites: Sequence[Site], measure: Measure, opset: int) -> int:
-    """Bytes of the matrices that are found."""
-    entries = (_entries(site, measure, opset) for site in sites)
-    return sum(8 * (squares * site.size + features) for site, (squares, features) in zip(sites, entries, strict=True))
-
-
-def _room(limit: int, scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, opset: int) -> int:
-    """Bytes that a memory limit leaves for sums in the making. Estimated, not measured: passes are to be the same each time.
-
-    Raises
-    ------
-    ResourceError
-        They would not do for the largest site in `MOST_PASSES` passes.
-    """
-    entries = [_entries(site, measure, opset) for site in sites]
-    found, weights = _found(sites, measure, opset), weight_bytes(scm.model)
-    found = 0 if found > shelf.LARGE else found  # put aside
-    weights *= WEIGHT_COPIES if weights <= runtime.LARGE else 1
-    data = sum(array.nbytes for array in samples.inputs.values())
-    largest = zip(sites, entries, strict=True)
-    least = max(BYTES * (squares * -(-site.size // MOST_PASSES) + features) for site, (squares, features) in largest)
-    if (needed := PROGRAM_BYTES + data + weights + found + least) > limit:
-        raise ResourceError(
-            "the memory limit is too low for calibration",
-            where=f"--memory-limit {gigabytes(limit)}",
-            why=f"about {gigabytes(needed)} are needed: {gigabytes(weights)} for the model, {gigabytes(data)} for the data, "
-            f"{gigabytes(found)} for what is found, {gigabytes(PROGRAM_BYTES + least)} to work",
-            hint="raise it, name fewer sites with --only, or use --replacement constant, which needs no covariances",
-        )
-    return limit - needed + least
+    together = cut([group for group, _ in groups], sizes, len(samples), batch_size)
+    return groups, {block[0]: block for block in together if sum(len(groups[number][1]) for number in block) > 1}
 
 
 def _stacked(parts: Sequence[Statistics]) -> Statistics:
@@ -245,6 +202,7 @@ def _pass(
     measure: Measure,
     first: Survey,
     recording: Recording | None,
+    lean: bool,
     total: Callable[[Summation, Callable[[], Shards]], dict[str, Array]],
 ) -> Statistics:
     trip = None if recording is None else recording.trip(sites)
@@ -254,7 +212,7 @@ def _pass(
     def shards() -> Shards:
         return Shards(samples if recording is None else recording.samples_of(given), batch_size)
 
-    totals = instrument.tally.read(total(instrument.summation, shards), len(samples))
+    totals = instrument.tally.read(total(replace(instrument.summation, lean=lean), shards), len(samples))
     centres = {site.tensor: instrument.centres[site.tensor].astype(np.float64) for site in sites}
     return Statistics(
         {site.tensor: _moments(site, totals, centres[site.tensor], measure.block) for site in sites},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -11,17 +12,24 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from mscompile import runtime
+from mscompile.calibration.blocks import Blocks, blocks_of
 from mscompile.calibration.reverse import Gradients, differentiate, pool_first
 from mscompile.calibration.seeds import SeedFeeds, Seeds
-from mscompile.calibration.statistics import Window
+from mscompile.calibration.statistics import Array, Window
 from mscompile.calibration.summation import Feeds, Summation
 from mscompile.calibration.survey import Survey
-from mscompile.calibration.tally import Rows, Tally
+from mscompile.calibration.tally import Rows, Start, Tally, before, name_of, quantity_of
 from mscompile.calibration.view import View, layout_of
-from mscompile.calibration.windows import features, thinning, window_name, window_of
+from mscompile.calibration.windows import extents, features, padded, patches, thinning, window_name, window_of
+from mscompile.files import weight_bytes
 from mscompile.network.layout import FIRST
-from mscompile.network.scm import Reader, Scm, Site
+from mscompile.network.scm import Reader, Scm, Site, captured, infer_shapes
+from mscompile.operators import Shape
 from mscompile.operators.backward import PREFIX, Builder
+
+FLOAT_BYTES = 4
+"""Of a number in the sums' type."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,8 @@ def there_and_back(scm: Scm, sites: Sequence[Site], first: Survey, measure: Meas
     model = scm.model.clone()
     common.ShapeInferencePass(check_type=False, strict_mode=False)(model)  # element types, for mixed precision
     graph, tensors = model.graph, [site.tensor for site in sites]
-    build = Builder(graph, graph.opset_imports.get("", 1), fused=True)
+    folds = weight_bytes(scm.model) <= runtime.LARGE
+    build = Builder(graph, graph.opset_imports.get("", 1), fused=True, folds=folds)
     moved = pool_first(graph, {*measure.outputs, *tensors})
     values = {v.name or "": v for node in graph for v in node.outputs}
     shapes, declared = (
@@ -157,7 +166,7 @@ class Instrument:
         samples: int,
         trip: RoundTrip | None = None,
     ) -> None:
-        batches = max(1, samples // first.samples)
+        batches = max(1, samples // first.batch)
         trip = there_and_back(scm, sites, first, measure) if trip is None else trip
         self.model, self._graph, self._build, self._values = trip.model, trip.model.graph, trip.build, trip.values
         self._measure, self._first, self._trip = measure, first, trip
@@ -190,6 +199,15 @@ class Instrument:
         feeds = Feeds(self.tally.ones, self._trip.feeds, offsets, self._measure.seed)
         return Summation(self.model, self.tally.starts, feeds)
 
+    def shapes(self, batch: runtime.Arrays, labels: Array | None) -> dict[str, Shape]:
+        """Shapes of all tensors on the batch of the survey, as far as inference can tell."""
+        summation = self.summation
+        feed = {**batch, **summation.feeds.of(1, 0, self._first.samples, labels, "")}
+        given = {name: array.shape for name, array in feed.items()}
+        given |= {before(name): start.shape for name, start in summation.starts.items()}
+        known = {value.name or "": shape for value, shape in self._build.shapes.items() if value.producer() is not None}
+        return infer_shapes(self.model, given, known)
+
     def _centre(self, site: Site) -> npt.NDArray[np.float32]:
         mean = self._first.means[site.tensor]
         return np.zeros_like(mean) if self._first.near[site.tensor] and not self._measure.covariance else mean
@@ -198,8 +216,8 @@ class Instrument:
         """Put sums right behind what they sum, still in the processor's cache; `passes`: nodes of the way there and back."""
         place: dict[ir.Node, int] = {}
         for number, node in enumerate(self._graph):
-            sources = [value.producer() for value in node.inputs if value is not None]
-            behind = (place[source] for source in sources if source is not None)
+            sources = [value.producer() for value in (*node.inputs, *captured(node)) if value is not None]
+            behind = (place[source] for source in sources if source in place)
             place[node] = number if node in passes else max(behind, default=0)
         order = sorted(place, key=place.__getitem__)
         self._graph.remove(order)
@@ -222,19 +240,18 @@ class Instrument:
         if view.places is not None and view.steady:
             self.tally.add_steady(site.tensor, view.places)
         else:
-            self.tally.add_count(site.tensor, "count", build.op("Div", build.op("Size", tensor), build.integers(site.size)))
+            count = build.op("Div", build.op("Size", tensor), build.integers(site.size))
+            self.tally.add_sum(name_of(site, "count"), count, Start((), whole=True))
 
         def keep(quantity: str, *values: ir.Value) -> None:
-            rows = self._stacked([view.over_positions(value) for value in values])
+            rows = _stacked(build, [view.over_positions(value) for value in values])
             self.tally.add(Rows(site, quantity, rows, len(values) if view.steady else None, view.image, view.factor))
 
         keep("sum", centred)
         if measure.covariance:
-            rows = view.rows(centred)
-            self._square(site, "products", rows, rows)
+            self._square(site, "products", view, [centred])
             if measure.shared and view.places != 1:
-                others = view.rows(self._rolled(centred))
-                self._square(site, "shared", rows, others)
+                self._square(site, "shared", view, [centred], apart=True)
         else:
             keep("squares", build.op("Mul", centred, centred))
         if measure.extremes:
@@ -246,20 +263,46 @@ class Instrument:
         keep("s1", *slopes)
         keep("s2", *(build.op("Mul", slope, centred) for slope in slopes))
         if measure.second:
-            rows = self._stacked([view.rows(slope) for slope in slopes])
-            self._square(site, "second", rows, rows)
+            self._square(site, "second", view, slopes)
         if site.tensor in self._trip.losses:
             slope = front(self._trip.losses[site.tensor])
             keep("g1", slope)
             keep("g2", build.op("Mul", slope, centred))
         return centred
 
-    def _square(self, site: Site, quantity: str, rows: ir.Value, others: ir.Value) -> None:
-        """Return the outer products of a site's channels, or the block of rows that is asked for."""
-        build, channels = self._build, range(site.size)[self._measure.block or slice(None)]
-        if len(channels) < site.size:
-            rows = build.op("Gather", rows, build.integers(list(channels)), axis=1)
-        self.tally.add_square(site.tensor, quantity, self._products(rows, others), (len(channels), site.size))
+    def _square(self, site: Site, quantity: str, view: View, values: Sequence[ir.Value], *, apart: bool = False) -> None:
+        """Return the outer products of a site's channels, or the block of rows that is asked for.
+
+        `apart`: of those of one sample with those of the next.
+        """
+        channels = range(site.size)[self._measure.block or slice(None)]
+
+        def products(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+            seen = replace(view, build=build)
+            rows = _stacked(build, [seen.rows(part) for part in parts])
+            others = _stacked(build, [seen.rows(_rolled(build, part)) for part in parts]) if apart else rows
+            if len(channels) < site.size:
+                rows = build.op("Gather", rows, build.integers(list(channels)), axis=1)
+            return _products(build, rows, others)
+
+        shape, name = (len(channels), site.size), name_of(site, quantity)
+        blocks = self._blocks_of_map(view, len(values))
+        if blocks is None:
+            self.tally.add_sum(name, products(self._build, values), Start(shape))
+            return
+
+        def piece(build: Builder, number: ir.Value) -> list[ir.Value]:
+            return [products(build, [blocks.cut(build, value, number) for value in values])]
+
+        self.tally.add_over_blocks({name: Start(shape)}, blocks.count(self._build, values[0]), piece)
+
+    def _blocks_of_map(self, view: View, seeds: int) -> Blocks | None:
+        """Blocks of a site's tensor, for as many of its shape as there are seeds; None where it is taken whole."""
+        shape, axes = view.shape, view.positions
+        if not axes or not all(isinstance(d, int) for d in shape):
+            return None
+        size = FLOAT_BYTES * seeds * math.prod(int(d or 0) for d in shape) * self._first.batch // self._first.samples
+        return blocks_of(size, int(shape[axes[0]] or 0), self._build.opset, axes[0])
 
     def _see(self, view: View, reader: Reader, window: Window, centred: ir.Value, thin: int) -> None:
         """Return the second moments of a reader's window."""
@@ -272,15 +315,47 @@ class Instrument:
                 name=f"{PREFIX}offset:{name}", shape=ir.Shape([len(window.kernel)]), type=ir.TensorType(ir.DataType.INT64)
             )
             self._graph.inputs.append(offset)
-        seen, flat = features(build, window, centred, thin, offset), build.integers([-1, window.features])
-        rows = build.op("Reshape", seen, flat)
-        count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
-        self.tally.add_count(name, "windows", count)
-        self.tally.add_square(name, "window", self._products(rows), (window.features, window.features))
-        if self._measure.shared:
-            layout = layout_of(reader.layout or FIRST, self._first.shapes[reader.data], self._first.samples, reader.data)
-            others = build.op("Reshape", self._rolled(seen, layout.behind or 1), flat)
-            self.tally.add_square(name, "between", self._products(rows, others), (window.features, window.features))
+        layout = layout_of(reader.layout or FIRST, self._first.shapes[reader.data], self._first.samples, reader.data)
+        step = layout.behind or 1
+        square = window.features, window.features
+
+        def found(build: Builder, seen: ir.Value) -> list[ir.Value]:
+            flat = build.integers([-1, window.features])
+            rows = build.op("Reshape", seen, flat)
+            count = build.op("Gather", build.op("Shape", rows), build.integers(0), axis=0)
+            if not self._measure.shared:
+                return [count, _products(build, rows)]
+            others = build.op("Reshape", _rolled(build, seen, step), flat)
+            return [count, _products(build, rows), _products(build, rows, others)]
+
+        starts = {"windows": Start((), whole=True), "window": Start(square), "between": Start(square)}
+        blocks = self._blocks_of_windows(site, window, thin)
+        if blocks is None:
+            parts = found(build, features(build, window, centred, thin, offset))
+            for (quantity, start), part in zip(starts.items(), parts, strict=False):
+                self.tally.add_sum(quantity_of(name, quantity), part, start)
+            return
+        source = padded(build, window, centred, offset)
+
+        def piece(build: Builder, number: ir.Value) -> list[ir.Value]:
+            return found(build, patches(build, window, blocks.cut(build, source, number), thin))
+
+        asked = list(starts.items())[: 2 + self._measure.shared]
+        self.tally.add_over_blocks(
+            {quantity_of(name, quantity): start for quantity, start in asked}, blocks.count(build, source), piece
+        )
+
+    def _blocks_of_windows(self, site: Site, window: Window, thin: int) -> Blocks | None:
+        """Blocks of a padded map for what a reader sees of it; None where it is taken whole."""
+        shape = self._first.shapes[site.tensor]
+        places = extents(window, shape)
+        if places is None:
+            return None
+        places = tuple(-(-count // thin) for count in places)
+        rows = int(shape[0] or 0) * self._first.batch // self._first.samples
+        size = FLOAT_BYTES * rows * math.prod(places) * window.features
+        reach = window.dilations[0] * (window.kernel[0] - 1)
+        return blocks_of(size, places[0], self._build.opset, 2, thin * window.strides[0], reach)
 
     def _channel_major(self, site: Site, reader: Reader) -> ir.Value:
         """[samples, channels · places]: the input of a product less the site's centre."""
@@ -293,20 +368,23 @@ class Instrument:
             return centred
         return build.op("Gather", centred, build.integers(order.tolist()), axis=1)
 
-    def _products(self, rows: ir.Value, others: ir.Value | None = None) -> ir.Value:
-        return self._build.op("MatMul", self._build.op("Transpose", rows, perm=[1, 0]), rows if others is None else others)
 
-    def _rolled(self, value: ir.Value, rows: int = 1) -> ir.Value:
-        """The value of the next sample at each sample, of the first at the last; each has so many rows."""
-        build, first = self._build, self._build.integers([rows])
-        if build.opset < 10:
-            tail = build.op("Slice", value, starts=[rows], ends=[np.iinfo(np.int64).max], axes=[0])
-            return build.op("Concat", tail, build.op("Slice", value, starts=[0], ends=[rows], axes=[0]), axis=0)
-        start, end = build.integers([0]), build.integers([np.iinfo(np.int64).max])
-        return build.op(
-            "Concat", build.op("Slice", value, first, end, start), build.op("Slice", value, start, first, start), axis=0
-        )
+def _products(build: Builder, rows: ir.Value, others: ir.Value | None = None) -> ir.Value:
+    return build.op("MatMul", build.op("Transpose", rows, perm=[1, 0]), rows if others is None else others)
 
-    def _stacked(self, parts: Sequence[ir.Value]) -> ir.Value:
-        """The matrices below each other."""
-        return parts[0] if len(parts) == 1 else self._build.op("Concat", *parts, axis=0)
+
+def _rolled(build: Builder, value: ir.Value, rows: int = 1) -> ir.Value:
+    """The value of the next sample at each sample, of the first at the last; each has so many rows."""
+    first = build.integers([rows])
+    if build.opset < 10:
+        tail = build.op("Slice", value, starts=[rows], ends=[np.iinfo(np.int64).max], axes=[0])
+        return build.op("Concat", tail, build.op("Slice", value, starts=[0], ends=[rows], axes=[0]), axis=0)
+    start, end = build.integers([0]), build.integers([np.iinfo(np.int64).max])
+    return build.op(
+        "Concat", build.op("Slice", value, first, end, start), build.op("Slice", value, start, first, start), axis=0
+    )
+
+
+def _stacked(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+    """The matrices below each other."""
+    return parts[0] if len(parts) == 1 else build.op("Concat", *parts, axis=0)

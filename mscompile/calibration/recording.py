@@ -46,7 +46,9 @@ class Recording:
         first: Survey,
         shelf: Shelf,
         progress: Progress = no_progress,
+        lean: bool = False,
     ) -> None:
+        self._lean = lean
         self._scm, self._samples, self._batch_size, self._shelf, self._progress = scm, samples, batch_size, shelf, progress
         self._sites = tuple(sites)
         found = there_and_back(scm, sites, first, measure)
@@ -117,7 +119,7 @@ class Recording:
             graph.append(ir.node("Identity", [value], outputs=[output]))
             graph.outputs.append(output)
         common.RemoveUnusedNodesPass()(found.model)
-        session = Session(found.model)
+        session = Session(found.model, lean=self._lean)
         tables: dict[str, Table] = {}
         size, done = self._batch_size, 0
         for batch in self._progress(samples.batches(size), "record", math.ceil(len(samples) / size)):

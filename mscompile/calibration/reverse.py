@@ -72,6 +72,8 @@ class _Pass:
         shape = self.declared.get(value.name or "")
         if gradient.shape is None and shape is not None:
             gradient.shape, gradient.dtype = ir.Shape(shape), ir.DataType.from_numpy(self.dtype)
+        if (known := self.shapes.get(value.name or "")) is not None:
+            self.build.shapes.setdefault(gradient, known)
         self.parts.setdefault(value, []).append(gradient)
 
     def total(self, value: ir.Value) -> ir.Value | None:

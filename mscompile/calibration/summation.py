@@ -70,16 +70,19 @@ class Summation:
         The graph; its outputs are its inputs of the names `tally.before` plus the sums over a batch.
     starts
         By output, where the sums begin.
+    lean
+        Whether memory matters more than time, see `Session`.
     """
 
     kind: ClassVar[str] = "summation"
     model: ir.Model | Skeleton
     starts: Mapping[str, Start]
     feeds: Feeds
+    lean: bool = False
 
     def open(self, threads: int | None = None) -> Callable[[Parcel, Tick], Parcel]:
         """Load the graph; gives what sums up a shard."""
-        session = Session(self.model, threads=threads)
+        session = Session(self.model, threads=threads, lean=self.lean)
 
         def work(shard: Parcel, tick: Tick) -> Parcel:
             return Parcel({}, self._sum(session, shard, tick))
@@ -131,7 +134,7 @@ class Summation:
         feeds = TypeAdapter(Feeds).dump_python(self.feeds, mode="json")
         content = np.frombuffer(skeleton.proto.SerializeToString(), dtype=np.uint8)
         arrays = {"graph": content, **{f"weight:{name}": array for name, array in skeleton.weights.items()}}
-        return Parcel({"kind": self.kind, "starts": starts, "feeds": feeds}, arrays)
+        return Parcel({"kind": self.kind, "starts": starts, "feeds": feeds, "lean": self.lean}, arrays)
 
     @classmethod
     def unpack(cls, parcel: Parcel) -> Summation:
@@ -140,7 +143,7 @@ class Summation:
         weights = {name.removeprefix("weight:"): a for name, a in parcel.arrays.items() if name.startswith("weight:")}
         starts = TypeAdapter(dict[str, Start]).validate_python(parcel.header["starts"])
         feeds = TypeAdapter(Feeds).validate_python(parcel.header["feeds"])
-        return cls(Skeleton(graph, weights), starts, feeds)
+        return cls(Skeleton(graph, weights), starts, feeds, parcel.header["lean"])
 
 
 @dataclass(frozen=True)

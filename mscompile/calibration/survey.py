@@ -29,6 +29,8 @@ class Survey:
     ----------
     samples
         Samples in the batch.
+    batch
+        Samples in the batches to come.
     shapes
         Of every tensor, for that batch.
     extents
@@ -40,6 +42,7 @@ class Survey:
     """
 
     samples: int
+    batch: int
     shapes: Mapping[str, Shape]
     extents: Mapping[str, tuple[int, ...]]
     means: Mapping[str, npt.NDArray[np.float32]]
@@ -68,4 +71,4 @@ def survey(scm: Scm, sites: Sequence[Site], first: Arrays, samples: int, outputs
     extents = {output: found.pop(0).shape[1:] for output in outputs}
     means = {site.tensor: mean for site, mean in zip(sites, found[::2], strict=True)}
     near = {site.tensor: bool(np.all(m**2 <= NEAR * v)) for site, m, v in zip(sites, found[::2], found[1::2], strict=True)}
-    return Survey(samples, sample_shapes(scm.model, first), extents, means, near)
+    return Survey(samples, samples, sample_shapes(scm.model, first), extents, means, near)

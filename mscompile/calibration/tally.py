@@ -6,13 +6,14 @@ and quantity would cost more than their work.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mscompile.calibration.blocks import loop
 from mscompile.calibration.statistics import Array
 from mscompile.network.scm import Site
 from mscompile.operators.backward import PREFIX, Builder
@@ -86,24 +87,41 @@ class Tally:
         """Count the observations of a site outside the graph: so many per sample."""
         self._places[tensor] = places
 
-    def _output(self, name: str, value: ir.Value, start: Start) -> None:
-        """Return a quantity combined with what was found before: a sum, or the largest."""
-        dtype, shape = ir.DataType.INT64 if start.whole else ir.DataType.FLOAT, ir.Shape(start.shape)
-        so_far = ir.Value(name=before(name), shape=shape, type=ir.TensorType(dtype))
+    def _so_far(self, name: str, start: Start) -> ir.Value:
+        """The input that holds what a quantity has come to before."""
+        dtype = ir.DataType.INT64 if start.whole else ir.DataType.FLOAT
+        so_far = ir.Value(name=before(name), shape=ir.Shape(start.shape), type=ir.TensorType(dtype))
         self._graph.inputs.append(so_far)
+        return so_far
+
+    def add_sum(self, name: str, value: ir.Value, start: Start) -> None:
+        """Return a quantity combined with what was found before: a sum, or the largest."""
+        so_far = self._so_far(name, start)
         combine = "Max" if start.largest else "Add"
-        after = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+        after = ir.Value(name=name, shape=so_far.shape, type=so_far.type)
         self._graph.append(ir.node(combine, [so_far, value], outputs=[after], name=name))
         self._graph.outputs.append(after)
         self.starts[name] = start
 
-    def add_square(self, where: str, quantity: str, value: ir.Value, shape: tuple[int, int]) -> None:
-        """Return a sum of outer products."""
-        self._output(quantity_of(where, quantity), value, Start(shape))
+    def add_over_blocks(
+        self, starts: Mapping[str, Start], blocks: ir.Value, piece: Callable[[Builder, ir.Value], Sequence[ir.Value]]
+    ) -> None:
+        """Return sums over blocks of positions, one block after the other.
 
-    def add_count(self, where: str, quantity: str, value: ir.Value) -> None:
-        """Return a number of observations."""
-        self._output(quantity_of(where, quantity), value, Start((), whole=True))
+        Parameters
+        ----------
+        starts
+            What is summed, by name of output.
+        blocks
+            How many there are, an int64 of the running graph.
+        piece
+            Appends the nodes that find what one block adds, from its number, [1] int64.
+        """
+        so_far = {name: self._so_far(name, start) for name, start in starts.items()}
+        node = loop(self._build, so_far, blocks, piece)
+        self._graph.append(node)
+        self._graph.outputs.extend(node.outputs)
+        self.starts.update(starts)
 
     def pack(self) -> None:
         """Return all sums of rows as one: nodes of their own for each site and quantity would cost more than their work."""
@@ -130,7 +148,7 @@ class Tally:
             if parts := self._packed.get(name):
                 everything = build.op("Concat", *found[name], axis=1)
                 shape = 1, sum(size for _, size, _ in parts)
-                self._output(name, everything, Start(shape, largest=name == EXTREMES))
+                self.add_sum(name, everything, Start(shape, largest=name == EXTREMES))
 
     def _note(self, name: str, group: Sequence[Rows], quantity: str, factor: float = 1.0, power: int = 1) -> None:
         """Keep in mind what lies next in a packed output."""

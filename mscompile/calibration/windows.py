@@ -161,21 +161,31 @@ def features(build: Builder, window: Window, centred: ir.Value, thin: int, offse
         one = build.constant(np.ones((1, 1)), np.float32)
         ones = build.op("Expand", one, _rows_of(build, centred))
         return build.op("Concat", centred, ones, axis=1)
+    return patches(build, window, padded(build, window, centred, offset), thin)
+
+
+def padded(build: Builder, window: Window, centred: ir.Value, offset: ir.Value | None) -> ir.Value:
+    """[samples, channels + 1, positions …]: what a convolution's windows are taken from, the last channel 1 in the map."""
     rank = len(window.kernel)
     shape = build.op("Shape", centred)
     single = build.op("Concat", build.op("Slice", shape, build.integers([0]), build.integers([1])), build.integers([1]),
                       build.op("Slice", shape, build.integers([2]), build.integers([2 + rank])), axis=0)  # fmt: skip
     inside = build.op("Expand", build.constant(1.0, np.float32), single)
     stacked = build.op("Concat", centred, inside, axis=1)
-    padded = build.op("Pad", stacked, build.integers([0, 0, *window.pads[:rank], 0, 0, *window.pads[rank:]]))
-    channels = window.channels + 1
+    found = build.op("Pad", stacked, build.integers([0, 0, *window.pads[:rank], 0, 0, *window.pads[rank:]]))
+    if offset is None:
+        return found
+    starts = build.op("Mul", offset, build.integers(list(window.strides)))
+    ends = build.integers([np.iinfo(np.int64).max] * rank)
+    return build.op("Slice", found, starts, ends, build.integers(list(range(2, 2 + rank))))
+
+
+def patches(build: Builder, window: Window, padded: ir.Value, thin: int) -> ir.Value:
+    """[samples, positions …, features]: every `thin`-th window of a padded map."""
+    rank, channels = len(window.kernel), window.channels + 1
     kernel = np.zeros((channels * window.taps, 1, window.taps), dtype=np.float32)
     kernel[np.arange(channels * window.taps), 0, np.tile(np.arange(window.taps), channels)] = 1.0
     filters = build.constant(kernel.reshape(channels * window.taps, 1, *window.kernel), np.float32)
-    if offset is not None:
-        starts = build.op("Mul", offset, build.integers(list(window.strides)))
-        ends = build.integers([np.iinfo(np.int64).max] * rank)
-        padded = build.op("Slice", padded, starts, ends, build.integers(list(range(2, 2 + rank))))
     seen = build.op("Conv", padded, filters, group=channels, strides=[thin * s for s in window.strides],
                     dilations=list(window.dilations))  # fmt: skip
     rows = build.op("Transpose", seen, perm=[0, *range(2, 2 + rank), 1])
@@ -190,20 +200,28 @@ def _rows_of(build: Builder, matrix: ir.Value) -> ir.Value:
     return build.op("Concat", rows, build.integers([1]), axis=0)
 
 
+def extents(window: Window, shape: Shape) -> tuple[int, ...] | None:
+    """Windows per position axis of a map; None where that is not known."""
+    if not window.kernel or not all(isinstance(d, int) for d in shape[2:]):
+        return None
+    found = []
+    for axis, (k, s, d) in enumerate(zip(window.kernel, window.strides, window.dilations, strict=True)):
+        size = int(shape[2 + axis] or 0) + window.pads[axis] + window.pads[len(window.kernel) + axis]
+        found.append(max((size - d * (k - 1) - 1) // s + 1, 1))
+    return tuple(found)
+
+
 def thinning(window: Window, shape: Shape, samples: int, batches: int) -> int:
     """Step between observed windows per position axis that leaves about `ROWS_PER_FEATURE` windows per feature.
 
     Each batch observes from another offset; the step is small enough for the batches to go through all offsets.
     """
-    if not window.kernel or not all(isinstance(d, int) for d in shape[2:]):
+    places = extents(window, shape)
+    if places is None:
         return 1
-    extents = []
-    for axis, (k, s, d) in enumerate(zip(window.kernel, window.strides, window.dilations, strict=True)):
-        size = int(shape[2 + axis] or 0) + window.pads[axis] + window.pads[len(window.kernel) + axis]
-        extents.append(max((size - d * (k - 1) - 1) // s + 1, 1))
     wanted = ROWS_PER_FEATURE * window.features
-    step = int((samples * math.prod(extents) / wanted) ** (1 / len(extents)))
-    return max(1, min(step, int(batches ** (1 / len(extents))), *extents))
+    step = int((samples * math.prod(places) / wanted) ** (1 / len(places)))
+    return max(1, min(step, int(batches ** (1 / len(places))), *places))
 
 
 def offset_of(window: Window, thin: int, number: int, seed: int) -> IntArray:

@@ -132,7 +132,9 @@ class Scm:
         return tuple(c for c in self.creators if np.isin(c.units, units).any())
 
 
-def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Shape]:
+def infer_shapes(
+    model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = None, known: Mapping[str, Shape] | None = None
+) -> dict[str, Shape]:
     """Shape of every tensor of the main graph, by onnx shape inference on a copy.
 
     Parameters
@@ -141,6 +143,8 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
         Left as it is.
     bound
         Concrete shapes of graph inputs; with them every inferable dimension comes out as a number.
+    known
+        Shapes of other tensors that come with those.
     """
     copy = model.clone()
     _shape_like(copy.graph)
@@ -149,13 +153,15 @@ def infer_shapes(model: ir.Model, bound: Mapping[str, tuple[int, ...]] | None = 
         if value.producer() is not None:
             value.shape = None  # what a file says of its outputs may be wrong, and would stop inference
     if bound is not None:
-        kept = {id(v) for v in copy.graph.inputs} | {id(v) for v in copy.graph.initializers.values()}
+        stored = {id(v) for v in copy.graph.initializers.values()}
+        kept = {id(v) for v in copy.graph.inputs} | stored
         for value in _values(copy.graph):
             if id(value) not in kept:
                 value.shape = None
-        for value in copy.graph.inputs:
-            if value.name is not None and value.name in bound:
-                value.shape = ir.Shape(bound[value.name])
+        given = {**(known or {}), **bound}
+        for value in _values(copy.graph):
+            if value.name in given and id(value) not in stored:
+                value.shape = ir.Shape(given[value.name])
     copy = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy).model
     shapes: dict[str, Shape] = {}
     for value in _values(copy.graph):

@@ -45,12 +45,16 @@ class Builder:
     prefix: str = PREFIX
     fused: bool = False
     """Whether the graph may hold operators that only onnxruntime has."""
+    folds: bool = True
+    """Whether matrices may be made from stored ones: each is held beside those that it is made from."""
     scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     """Values that are another one times a number per channel, [channels]: a product behind may take it into its weight."""
     products: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     """Values that are another one times a stored matrix: what is linear and comes next may be taken into that."""
     spread: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """Values that are another one, broadcast: a product with a tensor of their shape may take the narrow one."""
+    shapes: dict[ir.Value, Shape] = field(default_factory=dict)
+    """Shapes on the sample batch, of values that shape inference need not get to by itself."""
     _made: dict[Any, ir.Value] = field(default_factory=dict)
 
     def op(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
@@ -127,7 +131,8 @@ class Builder:
     def project(self, value: ir.Value, matrix: ir.Value) -> ir.Value:
         """The product with a stored matrix, kept in mind in `products`."""
         product = self.op("MatMul", value, matrix)
-        self.products[product] = value, matrix
+        if self.folds:
+            self.products[product] = value, matrix
         return product
 
     def product(self, left: ir.Value, right: ir.Value, *, ranks: tuple[int, int], turned: int) -> ir.Value:

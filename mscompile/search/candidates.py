@@ -79,7 +79,7 @@ class Workshop:
     @property
     def batch(self) -> int:
         """Samples at a time."""
-        return self.options.batch_size
+        return self.options.batch
 
     @property
     def outputs(self) -> Mapping[str, float]:

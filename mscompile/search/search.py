@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from mscompile.calibration.anchors import Anchors, with_scales
+from mscompile.calibration.batches import fitting_batch
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.prediction import imbalance, site_risks
 from mscompile.calibration.statistics import Statistics
@@ -67,6 +68,8 @@ class Result:
         Candidates along the frontier of size and fidelity.
     parts
         The data by what it was used for.
+    batch
+        Samples at a time.
     """
 
     plan: Plan
@@ -78,6 +81,7 @@ class Result:
     steps: tuple[Step, ...] = ()
     tried: tuple[Tried, ...] = ()
     parts: Mapping[str, Samples] = field(default_factory=dict)
+    batch: int | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -127,12 +131,15 @@ def compile_from_data(
         )
     parts = split(source, samples, options)
     with clock.time("calibrate"):
+        measure = what_to_measure(source, options)
+        batch = fitting_batch(source.scm, source.sites, parts["calibrate"], measure, options.batch_size, run)
+        options = replace(options, batch_size=batch)
         statistics = calibrate(
             source.scm,
             source.sites,
             parts["calibrate"],
-            batch_size=options.batch_size,
-            measure=what_to_measure(source, options),
+            batch_size=batch,
+            measure=measure,
             run=run,
             progress=progress,
         )
@@ -145,14 +152,13 @@ def compile_from_data(
                 options.objective,
                 parts["calibrate"],
                 Anchors(options.anchors, options.seed),
-                measure=what_to_measure(source, options),
-                batch_size=options.batch_size,
+                measure=measure,
+                batch_size=batch,
                 run=run,
                 progress=progress,
             )
         scores = score(source.scm, source.sites, statistics, options.objective, seed=options.seed)
-        batch = next(parts["calibrate"].batches(options.batch_size))
-        warnings += imbalance(source.model, source.weighted_outputs(options), batch)
+        warnings += imbalance(source.model, source.weighted_outputs(options), next(parts["calibrate"].batches(batch)))
     with clock.time("plan"):
         statistics, shares = with_shrinkage(
             source,
@@ -161,7 +167,7 @@ def compile_from_data(
             parts["choose"],
             replacement=options.replacement,
             swap=options.swap,
-            batch_size=options.batch_size,
+            batch_size=batch,
             run=run,
             progress=progress,
         )
@@ -169,7 +175,7 @@ def compile_from_data(
     stage = run.work.stage("search", data=samples.sha256, options=what_candidates_depend_on(options))
     search = Search(Workshop(source, statistics, scores, eliminations, parts, options, clock, progress, stage))
     result = search.run()
-    return replace(result, warnings=(*warnings, *_few(shares, statistics), *result.warnings))
+    return replace(result, batch=batch, warnings=(*warnings, *_few(shares, statistics), *result.warnings))
 
 
 def _few(shares: Mapping[str, float], statistics: Statistics) -> tuple[str, ...]:
@@ -398,7 +404,7 @@ class Search:
             candidate.steps,
             tried,
             workshop.parts,
-            warnings,
+            warnings=warnings,
         )
 
 
