@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,19 @@ RUN_SECONDS = 600.0
 LARGE = 1 << 30
 """Bytes of weights from which onnxruntime keeps no copies of its own, laid out anew or transposed, for speed. Of graphs run
 as they are written, several are open at a time: there `shelf.LARGE` holds."""
+
+
+_SPARING: contextvars.ContextVar[bool] = contextvars.ContextVar("sparing", default=False)
+
+
+@contextlib.contextmanager
+def sparing(memory: bool) -> Iterator[None]:
+    """Open `lean` sessions alone meanwhile, if memory is to be spared."""
+    token = _SPARING.set(memory or _SPARING.get())
+    try:
+        yield
+    finally:
+        _SPARING.reset(token)
 
 
 class Session:
@@ -97,7 +112,7 @@ class Session:
             options.add_external_initializers(list(given), list(given.values()))
         disabled = None
         large = skeleton.weight_bytes > (LARGE if optimise else shelf.LARGE)
-        if large or lean:
+        if large or lean or _SPARING.get():
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if large:
             options.add_session_config_entry("session.disable_prepacking", "1")

@@ -43,6 +43,11 @@ def held_by(
     return bound if 0 < bound <= SMALL_BYTES else _held(scm, sites, samples, measure, batch)
 
 
+def is_large(scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, batch: int) -> bool:
+    """Whether a batch takes so much memory that what runs it had better spare it."""
+    return held_by(scm, sites, samples, measure, batch) > SMALL_BYTES
+
+
 def _bound(scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, batch: int) -> int:
     """From above, by the tensors of the network alone: all are kept, and sums need some copies of those of sites."""
     sizes = _line([sample_shapes(scm.model, _part(samples, count)) for count in _counts(scm, samples)], batch)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from mscompile.calibration.anchors import Anchors, with_scales
-from mscompile.calibration.batches import fitting_batch
+from mscompile.calibration.batches import fitting_batch, is_large
 from mscompile.calibration.calibration import calibrate
 from mscompile.calibration.prediction import imbalance, site_risks
 from mscompile.calibration.statistics import Statistics
@@ -30,7 +30,7 @@ from mscompile.planning.weights import exact_plan
 from mscompile.report import FidelityReport, LawReport
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runs.run import Run
-from mscompile.runtime import Progress
+from mscompile.runtime import Progress, sparing
 from mscompile.search.candidates import Candidate, Fits, Workshop
 from mscompile.search.frontier import Frontier, Tried
 from mscompile.verification.certificate import risk_bound
@@ -174,7 +174,8 @@ def compile_from_data(
         eliminations = eliminate(source, statistics, scores, options)
     stage = run.work.stage("search", data=samples.sha256, options=what_candidates_depend_on(options))
     search = Search(Workshop(source, statistics, scores, eliminations, parts, options, clock, progress, stage))
-    result = search.run()
+    with sparing(is_large(source.scm, source.sites, parts["calibrate"], measure, batch)):
+        result = search.run()
     return replace(result, batch=batch, warnings=(*warnings, *_few(shares, statistics), *result.warnings))
 
 
