@@ -65,7 +65,8 @@ def test_a_sound_model_is_taken_in(model: Path, trials: trial.Trials):
         ("lambda *_, **__: os._exit(1)", ModelError, "without an answer"),
         ("lambda *_, **__: 1 / 0", ModelError, "ZeroDivisionError"),
         ("lambda *_, **__: bytearray(1 << 30)", ResourceError, "0.5 GiB"),
-        ("lambda *_, **__: time.sleep(60)", ResourceError, "more than 1 s"),
+        ("lambda *_, **__: time.sleep(60)", ResourceError, "more than 2 s, or"),
+        ("lambda *_, **__: all(not n for n in iter(int, 1))", ResourceError, "more than 1 s of processor time"),
     ],
 )
 def test_what_ends_a_trial_is_a_refusal(
@@ -73,8 +74,9 @@ def test_what_ends_a_trial_is_a_refusal(
 ):
     """In place of onnx and onnxruntime, something that misbehaves."""
     monkeypatch.setattr(trial, "PROGRAM", SERVER.format(does))
-    if "sleep" in does:
+    if error is ResourceError and "bytearray" not in does:
         monkeypatch.setattr(trial, "SECONDS", 1.0)
+        monkeypatch.setattr(trial, "PATIENCE", 20.0 if "iter" in does else 2.0)
     trials.begin()
     with pytest.raises(error) as refusal:
         load_model(model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SECONDS, BYTES_PER_SECOND = 60.0, 1 << 25
-"""Time that a trial may take, and what of a model's files gives it a second more."""
+"""Processor time that a trial may take, and what of a model's files gives it a second more."""
+PATIENCE = 10.0
+"""Times that by the clock, on a machine that has much else to do: what only sleeps ends then."""
 LOOP_SECONDS = 10.0
 """Time in which a model with loops must come to an end on one sample of zeros."""
 PROGRAM = "from mscompile.intake.trial import serve; serve()"
@@ -120,13 +123,18 @@ def attempt(path: Path, size: int) -> None:
     if not TRIALS.wanted or TRIALS.server is None:
         return
     memory, seconds = MEMORY + TIMES * size, SECONDS + size / BYTES_PER_SECOND
-    found = TRIALS.server.ask(path=os.fspath(path.absolute()), memory=memory, seconds=seconds, loops=LOOP_SECONDS)
+    found = TRIALS.server.ask(
+        path=os.fspath(path.absolute()), memory=memory, seconds=seconds, wall=PATIENCE * seconds, loops=LOOP_SECONDS
+    )
     if "error" in found:
         kind = getattr(errors, found["error"])
         raise kind(found["what"], where=str(path), why=found["why"], hint=found["hint"])
     if "ended" in found:
         late = found["ended"] in ("SIGKILL", "SIGXCPU")
-        why = f"in a trial of one sample it took more than {seconds:.0f} s, or more memory than there is"
+        spent = f"{PATIENCE * seconds:.0f} s, or more memory than there is"
+        if found["ended"] == "SIGXCPU":
+            spent = f"{seconds:.0f} s of processor time"
+        why = f"in a trial of one sample it took more than {spent}"
         hint = "if the file comes from a source that you trust, --trust takes it in without a trial"
         if late:
             raise ResourceError("the model takes too long", where=str(path), why=why, hint=hint)
@@ -165,7 +173,7 @@ def _forked(request: dict[str, Any]) -> dict[str, Any]:
         finally:
             os._exit(0)
     os.close(outlet)
-    content, deadline = b"", time.monotonic() + request["seconds"]
+    content, deadline = b"", time.monotonic() + request["wall"]
     while select.select([inlet], [], [], max(deadline - time.monotonic(), 0.0))[0]:
         part = os.read(inlet, 1 << 16)
         if not part:
@@ -189,7 +197,7 @@ def _tried(request: dict[str, Any]) -> dict[str, Any]:
 
     status = Path("/proc/self/status")
     size = int(re.search(r"VmSize:\s+(\d+)", status.read_text())[1]) << 10 if status.exists() else 0  # type: ignore[index]
-    seconds = int(request["seconds"] * (os.cpu_count() or 1)) + 1
+    seconds = math.ceil(request["seconds"])
     for limit, value in (
         (resource.RLIMIT_AS, size + request["memory"]),
         (resource.RLIMIT_CPU, seconds),
