@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_models import mlp, samples
@@ -34,6 +35,8 @@ SIGNALS = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.1, signal.SIGINT: 0.1}
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 SECONDS = 300.0
 """Longest that a run may take."""
+ORPHAN_SECONDS = 20.0
+"""Time in which whatever a run has started ends after it, on a busy machine."""
 LOOK_SECONDS = 0.001
 """Between looks at what a run is at."""
 START = "start-up"
@@ -62,15 +65,23 @@ class Subject:
 
 DRAFT = ".out.*.????????"
 WORK = ("--batch-size", "2", "-q", "--force", "--work", "w")
+COMPILE = ("m.onnx", "--keep", "0.5", "-o", "out.onnx", *WORK)
 SUBJECTS = {
     subject.name: subject
     for subject in (
         Subject(
             "compile",
-            ("m.onnx", "--keep", "0.5", "-o", "out.onnx", *WORK),
+            COMPILE,
             ("out.onnx", "out.plan.json"),
             frozenset({"out.report.json"}),
             {"reading": "w/run-*", "calibrating": "w/calibrate-*", "searching": "w/search-*", "writing": DRAFT},
+        ),
+        Subject(
+            "workers",
+            (*COMPILE, "--workers", "2"),
+            ("out.onnx", "out.plan.json"),
+            frozenset({"out.report.json"}),
+            {"reading": "w/run-*", "working": "w/calibrate-*"},
         ),
         Subject(
             "audit",
@@ -99,12 +110,13 @@ class Found:
     locked: int = 0
     different: int = 0
     left: int = 0
+    orphans: int = 0
     resumed: int = 0
 
     @property
     def bad(self) -> int:
         """Kills that broke a promise."""
-        return self.corrupted + self.odd + self.locked + self.different + self.left
+        return self.corrupted + self.odd + self.locked + self.different + self.left + self.orphans
 
 
 def start(subject: Subject, folder: Path) -> subprocess.Popen[str]:
@@ -166,6 +178,27 @@ def watched(subject: Subject, folder: Path) -> dict[str, float]:
     return dict(seconds)
 
 
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All that a run has started; none where it is gone."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ends(process: psutil.Process) -> bool:
+    """Whether a process ends by itself."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    try:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+    except psutil.NoSuchProcess:
+        pass
+    return True
+
+
 def kill(subject: Subject, kills: int, seed: int, folder: Path, *, given: Path | None = None, jobs: int = 1) -> Found:
     """Run unbroken once, then kill again and again, and go on after each."""
     found, fresh = Found(), folder / f"{subject.name}-fresh"
@@ -204,7 +237,7 @@ def _kill(
     stages = [stage for stage in seconds if stage != START] or [START]
     aimed = START if rng.random() < 0.1 else stages[number % len(stages)]
     moment = rng.uniform(0.0, seconds[aimed])
-    process = start(subject, place)
+    process, started = start(subject, place), []
     order = [START, *subject.stages]
     while process.poll() is None and order.index(stage_of(subject, place)) < order.index(aimed):
         time.sleep(LOOK_SECONDS)
@@ -213,7 +246,13 @@ def _kill(
         at = "ended before"
     except subprocess.TimeoutExpired:
         at = stage_of(subject, place)
+        started = descendants(process)
         process.send_signal(chosen)
+    if orphans := [other for other in started if not ends(other)]:
+        found.orphans += 1
+        print(f"{subject.name} {number}, {at}: {chosen.name} leaves {orphans}")
+        for other in orphans:
+            other.kill()
     _, err = process.communicate(timeout=SECONDS)
     found.stages[at] += 1
     found.codes[f"{chosen.name} {process.returncode}"] += 1
@@ -243,14 +282,18 @@ def _kill(
 def main() -> None:
     """Kill, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="in all, two of three of compiles")
+    parser.add_argument(
+        "--kills", type=int, default=100, help="in all, two of three of compiles, every fourth of them with workers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     bad = 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for name, kills in (("compile", options.kills - options.kills // 3), ("audit", options.kills // 3)):
+        audits, workers = options.kills // 3, options.kills // 6
+        shares = {"compile": options.kills - audits - workers, "workers": workers, "audit": audits}
+        for name, kills in shares.items():
             given = folder / "compile-fresh" if name == "audit" else None
             found = kill(SUBJECTS[name], kills, options.seed, folder, given=given, jobs=options.jobs)
             bad += found.bad
@@ -258,8 +301,9 @@ def main() -> None:
             print("  signal, exit code: " + ", ".join(f"{code}: {count}" for code, count in sorted(found.codes.items())))
             print(
                 f"  {kills} kills: {found.corrupted} corrupted outputs, {found.odd} unexpected exit codes, {found.locked} "
-                f"stale locks, {found.different} resumed runs with other bytes, {found.left} with files left behind"
-                + (f"; {found.resumed} went on from what was kept" if name == "compile" else "")
+                f"stale locks, {found.different} resumed runs with other bytes, {found.left} with files left behind, "
+                f"{found.orphans} with processes left behind"
+                + ("" if name == "audit" else f"; {found.resumed} went on from what was kept")
             )
     sys.exit(bad > 0)
 
