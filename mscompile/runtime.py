@@ -129,6 +129,7 @@ class Session:
         if TITLES[self.provider] not in (opened := self._session.get_providers()):
             raise absent(self.provider, f"it could not be started: the session would run on {', '.join(opened)}")
         self._loops = any(node.op_type == "Loop" for node in all_nodes(skeleton.proto.graph.node))
+        self.inputs: list[str] = [i.name for i in self._session.get_inputs()]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
 
     def run(self, feed: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None) -> Arrays:

@@ -114,7 +114,7 @@ def test_sums_are_expectations_under_the_law(digits: Workshop, number: int, swap
     np.testing.assert_allclose(sums.features, features, rtol=0, atol=CLOSE * np.abs(features).max())
     np.testing.assert_allclose(sums.crossed, crossed, rtol=0, atol=CLOSE * np.abs(crossed).max())
     assert sums.spread == pytest.approx(spread, rel=CLOSE)
-    weights = sums.solve(target.weights(), 0.0)
+    weights = sums.solver(target.weights())(0.0)
     assert sums.error(weights) <= sums.error(target.weights()) * (1 + CLOSE)
     assert sums.error(weights) == pytest.approx(
         spread - 2 * np.sum(crossed.T * weights) + np.sum(weights * (features @ weights)), rel=1e-2, abs=1e-3 * spread

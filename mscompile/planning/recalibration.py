@@ -4,15 +4,15 @@ A plan fits each site as if all before it were dense. Behind several sites the r
 was fitted to the dense ones no longer is the best. Here the readers of each planned site are fitted again, in the order of
 the graph, from what they see in the network compiled up to there to what the dense readers give (`planning.refits`). After
 each site the risk of the outputs is measured on data held out, and new weights that do worse than predicted are taken back.
+Both networks are gone through once, in stages, by plans (`planning.tuning`): nothing is rewritten on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.windows import FEATURES, view_of
@@ -21,16 +21,19 @@ from mscompile.network.dense import DenseModel
 from mscompile.planning.plan import Plan, SitePlan, WindowPlan
 from mscompile.planning.refits import Sums, Target, refit
 from mscompile.planning.scores import SQUARED_OUTPUTS, measured_risk, predictable
-from mscompile.rewrite import rewrite
+from mscompile.planning.staged import StagedPass
+from mscompile.planning.tuning import Tunable
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import FORGET, Stage, digest
-from mscompile.runtime import Progress, Session, no_progress
-from mscompile.verification.skeletons import skeleton_of
-from mscompile.verification.surgery import probe
+from mscompile.runtime import Arrays, Progress, no_progress
 
 ROLLBACK = 1.5
 """New weights are compared with the plan's where the risk measured exceeds the risk before plus this many times that
 predicted for the site; the better ones stay."""
+PASSES = 16
+"""Forward passes per sample fitted on that measuring risks after every site may cost, or so."""
+FEWEST_HELD = 32
+"""Samples that a risk is measured on, at least."""
 
 
 @dataclass(frozen=True)
@@ -68,42 +71,43 @@ def recalibrate(
     *,
     batch_size: int,
     seed: int = 0,
+    tunable: Tunable | None = None,
     stage: Stage = FORGET,
     progress: Progress = no_progress,
 ) -> tuple[Plan, tuple[Step, ...]]:
     """Fit the readers of a plan's sites once more, each behind those before it.
 
-    Costs two forward passes over `samples` up to each site, and one or two over `held`.
+    Costs two forward passes over `samples`, and for each site what lies behind it over `held`, once or twice.
 
     Parameters
     ----------
     samples
         To fit on.
     held
-        To measure the risk of the outputs on.
-    stage
-        Where each step is kept.
+        To measure the risk of the outputs on; of many sites on fewer of them.
     outputs
         Weight by name of the outputs.
+    tunable
+        Of the same source, where there is one.
+    stage
+        Where each step is kept.
     """
+    batch = source.batch or 1
     basis = next((entry.basis for entry in plan.sites if predictable(entry.basis)), SQUARED_OUTPUTS)
     names = list(outputs) or [source.output]
     weights = dict(outputs) or {source.output: 1.0}
-    wanted = Session(source.model).run_all(held.batches(batch_size), names)
-    inputs = {reader.data for entry in plan.sites for reader in source.scm.site(entry.tensor).readers}
-    dense = Session(probe(skeleton_of(source.model), sorted(inputs)))
+    held = held.take(slice(max(FEWEST_HELD, PASSES * len(samples) // max(len(plan.sites), 1)) // batch * batch))
+    tunable, work = tunable or Tunable(source), stage.work
+    dense, compiled = (StagedPass(tunable.graph, samples, batch_size, work) for _ in range(2))
+    trial = StagedPass(tunable.graph, held, batch_size, work)
+    wanted = trial.outputs(names, tunable.weights(()))
 
-    def carried_out(*sites: SitePlan) -> ir.Model:
-        return rewrite(source.model, plan.model_copy(update={"sites": sites}), stage.work).model
-
-    def risk(compiled: ir.Model) -> float:
-        found = Session(compiled).run_all(held.batches(batch_size), names)
-        return measured_risk(basis, wanted, found, weights) / len(held)
+    def risk(*sites: SitePlan) -> float:
+        return measured_risk(basis, wanted, trial.outputs(names, tunable.weights(sites)), weights) / len(held)
 
     done: list[SitePlan] = []
     steps: list[Step] = []
     before = 0.0
-    partial: ir.Model | None = None  # with the sites done so far
     for entry in progress(plan.sites, "re-calibrate", len(plan.sites)):
         name = f"refit-{digest(known.sha256 for known in (*done, entry))}"
         kept = stage.parcel(name)
@@ -112,21 +116,23 @@ def recalibrate(
             step, windows = _unpacked(kept)
             steps.append(step)
             done.append(entry.model_copy(update={"windows": windows}))
-            before, partial = step.measured, None
+            before = step.measured
             continue
-        partial = carried_out(*done) if partial is None else partial
         targets = _targets(source, entry, statistics.moments[entry.tensor].mean)
-        fitted = tuple(_refits(targets, dense, partial, samples, plan, batch_size, seed))
+        places = list(dict.fromkeys(target.reader.data for target in targets))
+        whole, so_far = tunable.weights(()), tunable.weights(done)
+        seen = zip(dense.advance(places, whole), compiled.advance(places, so_far), strict=True) if targets else ()
+        fitted = tuple(_refits(targets, seen, len(samples), batch_size, plan.swap, seed))
         given = {window.reader: window for window in (*entry.windows, *fitted)}
         chosen = entry.model_copy(update={"windows": tuple(given.values())})
-        partial = carried_out(*done, chosen)
-        measured, rolled_back = risk(partial), False
+        for _ in trial.advance([entry.tensor], so_far):
+            pass
+        measured, rolled_back = risk(*done, chosen), False
         own = entry.predicted_risk if entry.basis == basis else None
         if fitted and (own is None or measured > before + ROLLBACK * own):
-            unchanged = carried_out(*done, entry)
-            plain = risk(unchanged)
+            plain = risk(*done, entry)
             if plain < measured:
-                chosen, partial, measured, fitted, rolled_back = entry, unchanged, plain, (), True
+                chosen, measured, fitted, rolled_back = entry, plain, (), True
         predicted = None if own is None else before + own
         steps.append(Step(entry.tensor, tuple(w.reader for w in fitted), predicted, measured, rolled_back))
         done.append(chosen)
@@ -166,27 +172,15 @@ def _targets(source: DenseModel, entry: SitePlan, centre: np.ndarray) -> list[Ta
 
 
 def _refits(
-    targets: Sequence[Target],
-    dense: Session,
-    partial: ir.Model,
-    samples: Samples,
-    plan: Plan,
-    batch_size: int,
-    seed: int,
+    targets: Sequence[Target], seen: Iterable[tuple[Arrays, Arrays]], samples: int, batch: int, swap: float, seed: int
 ) -> list[WindowPlan]:
-    """New weights of the readers of one site, for those where they pay."""
-    if not targets:
-        return []
-    names = list(dict.fromkeys(target.reader.data for target in targets))
-    compiled = Session(probe(skeleton_of(partial), names))
-    halves = [(Sums(target, plan.swap), Sums(target, plan.swap)) for target in targets]
+    """New weights of the readers of one site, for those where they pay, from what dense and compiled ones see, by batch."""
+    halves = [(Sums(target, swap), Sums(target, swap)) for target in targets]
     rng = np.random.default_rng(seed)
-    for number, batch in enumerate(samples.batches(batch_size)):
-        there, here = dense.run(batch, names), compiled.run(batch, names)
-        count = min(batch_size, len(samples) - number * batch_size)
+    for number, (there, here) in enumerate(seen):
         for target, pair in zip(targets, halves, strict=True):
             name = target.reader.data
-            (e, d), marks = target.rows((here[name], there[name]), count, len(samples), rng)
+            (e, d), marks = target.rows((here[name], there[name]), min(batch, samples - number * batch), samples, rng)
             pair[number % 2].add(e, d, marks)
     found = (refit(pair) for pair in halves)
     return [window for window in found if window is not None]

@@ -19,6 +19,7 @@ from mscompile.planning.recalibration import Step, recalibrate
 from mscompile.planning.replacements import AFFINE_FITS, Factor, fit_affine
 from mscompile.planning.scores import Scores
 from mscompile.planning.selection import Elimination, without_carriers
+from mscompile.planning.tuning import Tunable
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.runs.shelf import Shelf
 from mscompile.runs.work import FORGET, Stage, digest
@@ -91,6 +92,11 @@ class Workshop:
         """Samples that took no part in fitting, for risks."""
         batch = self.source.batch or 1
         return self.parts["choose"].take(slice(max(HELD_SAMPLES // batch, 1) * batch))
+
+    @cached_property
+    def tunable(self) -> Tunable:
+        """The graph that candidates are tried and re-calibrated on."""
+        return Tunable(self.source)
 
     def carriers(self, group: int) -> int:
         """How many of the channels left of a group carry constants."""
@@ -169,6 +175,7 @@ class Workshop:
                     self.outputs,
                     batch_size=self.batch,
                     seed=options.seed,
+                    tunable=self.tunable,
                     stage=self.stage,
                     progress=self.progress,
                 )

@@ -74,7 +74,8 @@ class Frontier:
         """The graph that candidates are tried on."""
         workshop = self.workshop
         metric = None if workshop.options.metric is None else METRICS[workshop.options.metric]
-        return Sweep(workshop.source, workshop.parts["choose"], batch_size=workshop.batch, metric=metric)
+        parts, batch = workshop.parts, workshop.batch
+        return Sweep(workshop.source, parts["choose"], batch_size=batch, metric=metric, tunable=workshop.tunable)
 
     @cached_property
     def latency(self) -> LatencyModel:

@@ -1,0 +1,126 @@
+"""A forward pass in stages: what leads to one place is computed once, and the next place reached from there.
+
+To go through a network site by site, running it from the start up to each, costs the square of its depth; in stages, as much
+as one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import onnx
+
+from mscompile.intake.samples import Samples
+from mscompile.runs.work import NOWHERE, Work
+from mscompile.runtime import Arrays, Session
+from mscompile.verification.skeletons import Skeleton, Weights
+
+NO_ARRAYS = ("Sequence", "Optional")
+"""What operators are called that give or take something else than arrays, which cannot be held: such graphs run in one."""
+
+
+class StagedPass:
+    """Samples on their way through a graph.
+
+    Weights may be others from stage to stage, as long as those before the places reached stay.
+
+    Parameters
+    ----------
+    samples
+        What goes in. Between stages the arrays that are still needed are held, put aside where there are many.
+    """
+
+    def __init__(self, graph: Skeleton, samples: Samples, batch_size: int, work: Work = NOWHERE) -> None:
+        self._graph, self._work = graph, work
+        nodes = self._nodes = list(graph.proto.graph.node)
+        self._reads = [set(_reads(node)) for node in nodes]
+        self._maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+        self._held: list[Arrays] = [dict(batch) for batch in samples.batches(batch_size)]
+        self._inputs = {value.name: value for value in graph.proto.graph.input}
+        self._varying = self._behind_inputs()
+        self._done: set[int] = set()
+        self._arrays = not any(word in node.op_type for node in nodes for word in NO_ARRAYS)
+
+    def advance(self, names: Sequence[str], weights: Weights) -> Iterator[Arrays]:
+        """The named tensors, batch by batch. To be taken to the end."""
+        needed = self._needed(names)
+        done = self._done | (needed & self._varying if self._arrays else set())
+        ahead = {name for i in self._varying - done for name in self._reads[i]}
+        ahead |= {value.name for value in self._graph.proto.graph.output}
+        made = {name for i in needed & done for name in self._nodes[i].output if name in ahead}
+        session = self._session(needed, sorted(made | {*names} - self._held[0].keys()), weights)
+        shelf = None
+        for number, batch in enumerate(self._held):
+            found = {} if session is None else session.run({name: batch[name] for name in session.inputs})
+            if shelf is None:
+                shelf = self._work.shelf(len(self._held) * sum(found[name].nbytes for name in made))
+            left = {name: array for name, array in batch.items() if name in ahead}
+            self._held[number] = left | {name: shelf.put(found[name]) for name in made}
+            yield {name: found[name] if name in found else batch[name] for name in names}
+        self._done = done
+
+    def outputs(self, names: Sequence[str], weights: Weights) -> Arrays:
+        """Outputs of the graph for all samples, from the place reached."""
+        session = self._session(self._needed(names), [name for name in names if name not in self._held[0]], weights)
+        found = []
+        for batch in self._held:
+            given = {} if session is None else session.run({name: batch[name] for name in session.inputs})
+            found.append({name: given[name] if name in given else batch[name] for name in names})
+        return {name: np.concatenate([part[name] for part in found]) for name in names}
+
+    def _behind_inputs(self) -> set[int]:
+        """Numbers of nodes that depend on what goes in; the others are computed wherever they are needed."""
+        names, found = {*self._inputs}, set()
+        for i, node in enumerate(self._nodes):
+            if self._reads[i] & names:
+                found.add(i)
+                names.update(node.output)
+        return found
+
+    def _needed(self, names: Iterable[str]) -> set[int]:
+        """Numbers of nodes between what is held and the named tensors."""
+        found: set[int] = set()
+        ahead = [name for name in names if name not in self._held[0]]
+        while ahead:
+            maker = self._maker.get(ahead.pop())
+            if maker is not None and maker not in found:
+                found.add(maker)
+                ahead += [name for name in self._reads[maker] if name not in self._held[0]]
+        return found
+
+    def _session(self, numbers: set[int], names: Sequence[str], weights: Weights) -> Session | None:
+        """These nodes as a graph of their own; None where there are none."""
+        if not names:
+            return None
+        whole = self._graph.proto
+        nodes = [self._nodes[i] for i in sorted(numbers)]
+        made = {name for node in nodes for name in node.output}
+        read = {name for i in numbers for name in self._reads[i]} - made
+        part = onnx.ModelProto()
+        part.CopyFrom(
+            onnx.ModelProto(ir_version=whole.ir_version, opset_import=whole.opset_import, functions=whole.functions)
+        )
+        part.graph.name = whole.graph.name
+        part.graph.node.extend(nodes)
+        part.graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in read)
+        part.graph.sparse_initializer.extend(t for t in whole.graph.sparse_initializer if t.values.name in read)
+        for name in sorted(read & self._held[0].keys()):
+            array = self._held[0][name]
+            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            part.graph.input.append(
+                self._inputs.get(name) or onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
+            )
+        part.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+        return Session(self._graph.with_graph(part, weights), spin=False)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads, those that its subgraphs take from around it among them."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            inside = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            inside |= {name for inner in graph.node for name in inner.output}
+            yield from (name for inner in graph.node for name in _reads(inner) if name not in inside)
+            yield from (value.name for value in graph.output if value.name not in inside)
