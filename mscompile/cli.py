@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import signal
@@ -27,6 +28,7 @@ from mscompile.stage_commands import (
     TRUST,
     apply_command,
     calibrate_command,
+    given_options,
     parse_keep,
     parse_outputs,
     plan_command,
@@ -125,13 +127,19 @@ for _command in (calibrate_command, plan_command, apply_command, audit_command, 
 @click.option("--law", default="one-site", show_default=True, help="Interchange law: one-site or all-sites.")
 @click.option("--swap", type=float, default=0.1, show_default=True, help="Interchange probability of each retained unit.")
 @click.option("--delta", type=float, default=0.05, show_default=True, help="Error probability of the certificate.")
-@click.option("--metric", help="Agreement: argmax, distance, cosine, equality. [default: by the output's shape]")
+@click.option("--metric", help="Agreement: argmax, kl, distance, cosine, equality. [default: by the output]")
 @click.option("--labels", metavar="NAME", help="Name of the labels in the data.")
 @click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples to use at most.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="[default: 64, or as many as fit]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--only", metavar="REGEX", help="Cut only sites whose name matches.")
 @click.option("--freeze", metavar="REGEX", help="Never cut sites whose name matches.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Where the report goes. [default: beside the file written, where audit looks for it]",
+)
 @click.option("--html", type=click.Path(path_type=Path), metavar="PATH", help="One offline page to write.")
 @with_options(*RUNNING, PROVIDER, TRUST)
 @click.option("--force", is_flag=True, help="Overwrite existing outputs.")
@@ -149,6 +157,7 @@ def compile_command(
     fidelity: float | None,
     keep: tuple[str, ...],
     outputs: tuple[str, ...],
+    report: Path | None,
     html: Path | None,
     as_json: bool,
     quiet: bool,
@@ -158,10 +167,9 @@ def compile_command(
     **chosen: Any,
 ) -> None:
     """Compile MODEL into a smaller, verified ONNX file."""
-    from mscompile.files import output_conflict, staged
-    from mscompile.options import Options
+    from mscompile.files import beside
+    from mscompile.options import Options, idle
     from mscompile.pipeline import compile_model
-    from mscompile.runs.locks import claimed
 
     goals = {"keep": keep or None, "fidelity": fidelity, **{name: chosen[name] for name in ("params", "macs", "latency")}}
     given = [f"--{name}" for name, goal in goals.items() if goal is not None]
@@ -174,32 +182,33 @@ def compile_command(
     how = {name: chosen.pop(name) for name in HOW}
     options = Options(keep=parse_keep(keep), output=parse_outputs(outputs), **chosen)
     silent = quiet or as_json
-    with claimed(None if dry_run else html):
-        if html is not None:
-            output_conflict([html], force=force, inputs=[model])
-        with running(cache=options.cache, **how) as run, bars(silent=silent) as progress:
-            result = compile_model(
-                model,
-                calib,
-                output if output is not None else model.parent / f"{model.stem}.ms.onnx",
-                options,
-                force=force,
-                dry_run=dry_run,
-                command=command,
-                run=run,
-                progress=progress,
-                on_warning=lambda text: None if silent else say(f"warning: {plain(text, 1000)}", fg="yellow"),
-            )
-        if html is not None and not dry_run:
-            from mscompile.pages import compile_html
 
-            with staged(html) as draft:
-                draft.write_text(compile_html(result.report), encoding="utf-8")
+    def warn(text: str) -> None:
+        if not silent:
+            say(f"warning: {plain(text, 1000)}", fg="yellow")
+
+    for text in idle(options, given_options()):
+        warn(text)
+    with running(cache=options.cache, **how) as run, bars(silent=silent) as progress:
+        result = compile_model(
+            model,
+            calib,
+            output if output is not None else beside(model, ".ms.onnx"),
+            options,
+            report=report,
+            html=html,
+            force=force,
+            dry_run=dry_run,
+            command=command,
+            run=run,
+            progress=progress,
+            on_warning=warn,
+        )
     if as_json:
         answer(ascii_json(result.report.model_dump_json()))
         return
     if not quiet:
-        say("\n".join(_report_lines(result.report, width_of(sys.stderr), timings=verbose > 0)))
+        say("\n".join(_report_lines(result, width_of(sys.stderr), timings=verbose > 0)))
     answer(_verdict(result))
 
 
@@ -225,7 +234,8 @@ def inspect_command(model: Path, as_json: bool, verbose: int) -> None:
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def _report_lines(report: Report, width: int, *, timings: bool) -> Iterator[str]:
+def _report_lines(result: Compilation, width: int, *, timings: bool) -> Iterator[str]:
+    report = result.report
     yield from _site_lines(report, width)
     yield ""
     yield from _size_lines(report, width)
@@ -236,11 +246,10 @@ def _report_lines(report: Report, width: int, *, timings: bool) -> Iterator[str]
     yield from _frontier_lines(report, width)
     if report.fold_error is not None:
         yield from sentence(f"largest rounding error of the rewrite: {report.fold_error:.1e} of the outputs' spread", width)
-    if report.compiled is not None:
-        stem = Path(report.compiled.path or "")
-        yield from sentence(
-            plain(f"beside it: {stem.with_suffix('.plan.json').name}, {stem.with_suffix('.report.json').name}"), width
-        )
+    if result.path is not None:
+        others = (path for path in result.files.all if path != result.path)
+        listed = (path.name if path.parent == result.path.parent else str(path) for path in others)
+        yield from sentence(plain(f"beside it: {', '.join(listed)}", 4096), width)
     if report.reused:
         yield from sentence(f"found in the work folder, and not done again: {plain(', '.join(report.reused), 1000)}", width)
     if timings:
@@ -477,8 +486,20 @@ def _quiet_libraries(verbosity: int) -> Iterator[None]:
         yield
 
 
+def _open_streams() -> None:
+    """Put the null device where the caller has closed a standard stream: no file that is opened must take its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def main() -> NoReturn:
     """Entry point."""
+    _open_streams()
     signal.signal(signal.SIGTERM, _end)  # unwinding removes temporary files
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
         signal.signal(signal.SIGINT, _end)

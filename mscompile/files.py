@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -29,7 +29,12 @@ PAGE, WORD = 4096, 64
 """Where tensors begin in a data file: on a page, so that they can be mapped one by one, or where they are smaller."""
 
 
-def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path] = ()) -> None:
+def beside(path: Path, ending: str) -> Path:
+    """The file beside another that has its name, with another ending."""
+    return path.parent / f"{path.stem}{ending}"
+
+
+def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse to overwrite, and to write into a folder that is not there.
 
     Parameters
@@ -46,7 +51,6 @@ def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path
     UsageError
         A file exists and `force` is off, is an input or no regular file, or its folder is missing; or two are the same.
     """
-    read = {os.path.realpath(path) for path in inputs}
     paths = list(paths)
     for name, times in Counter(map(os.path.realpath, paths)).items():
         if times > 1:
@@ -70,13 +74,6 @@ def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path
             raise UsageError(
                 "the output folder does not exist", where=str(path), why=f"{path.parent} is no folder", hint="create it"
             )
-        if os.path.realpath(path) in read:
-            raise UsageError(
-                "the output is an input, too",
-                where=str(path),
-                why="the dense model and its data are never overwritten",
-                hint="name another output with -o",
-            )
         if path.exists() and not path.is_file():
             raise UsageError(
                 "the output cannot be written",
@@ -84,12 +81,32 @@ def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Iterable[Path
                 why="there is something else of that name, which is no file",
                 hint="name another output with -o",
             )
+        spare_inputs([path], inputs)
         if path.exists() and not force:
             raise UsageError(
                 "the output exists already",
                 where=str(path),
                 why="files are never overwritten silently",
                 hint="name another output with -o, or add --force",
+            )
+
+
+def spare_inputs(paths: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write over what is read, whether or not files may be overwritten.
+
+    Raises
+    ------
+    UsageError
+        A file to be written is one that is read.
+    """
+    read = {os.path.realpath(path) for path in inputs}
+    for path in paths:
+        if os.path.realpath(path) in read:
+            raise UsageError(
+                "the output is an input, too",
+                where=str(path),
+                why="what is read is never overwritten",
+                hint="name another output with -o",
             )
 
 

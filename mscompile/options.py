@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -89,7 +89,7 @@ class Options:
     law: Law = "one-site"
     swap: float = 0.1
     delta: float = 0.05
-    metric: Literal["argmax", "distance", "cosine", "equality"] | None = None
+    metric: Literal["argmax", "kl", "distance", "cosine", "equality"] | None = None
     labels: str | None = None
     samples: int | None = None
     batch_size: int | None = None
@@ -154,6 +154,11 @@ class Options:
         return costs if self.keep is None else ("keep", *costs)
 
     @property
+    def sized(self) -> bool:
+        """Whether the goal is a size or a time, for which units have to be ranked."""
+        return bool(self._given)
+
+    @property
     def share(self) -> float | None:
         """Share of the dense model's cost that is the goal; None where the goal is none."""
         return next((share for _, share in self._costs if share is not None), None)
@@ -178,6 +183,19 @@ class Options:
         if isinstance(self.keep, Mapping):
             return " ".join(f"--keep {name}={value}" for name, value in self.keep.items())
         return f"--keep {self.keep:g}"
+
+
+def idle(options: Options, given: Collection[str]) -> list[str]:
+    """What is to be said of options that are given and change nothing beside the others, by their names."""
+    curvature = OBJECTIVES[options.objective].curvature != "none"
+    scaled = options.replacement == "constant" and curvature and options.objective not in ("cross-entropy", "cwvar")
+    idle = {
+        "selection": options.selection == "joint" and not options.joint,
+        "probes": not curvature,
+        "anchors": not scaled,
+    }
+    rest = f"--objective {options.objective} --replacement {options.replacement}"
+    return [f"--{name} changes nothing with {rest}" for name, unused in idle.items() if unused and name in given]
 
 
 def what_candidates_depend_on(options: Options) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import onnx_ir as ir
 
 from mscompile.clock import Clock
 from mscompile.errors import GoalError
-from mscompile.files import file_bytes, is_large, output_conflict, save_model, staged
+from mscompile.files import beside, file_bytes, is_large, output_conflict, save_model, spare_inputs, staged
 from mscompile.intake.loading import NOTES, check_unchanged
 from mscompile.intake.samples import Source
 from mscompile.intake.wire import check_regular
 from mscompile.machine import blas_threads
-from mscompile.network.dense import Model, check_outputs, find_data, nothing_to_cut, open_dense
+from mscompile.network.dense import Model, check_outputs, files_read, find_data, nothing_to_cut, open_dense
 from mscompile.network.inspection import Inspection, inspect_scm
 from mscompile.options import Options
 from mscompile.planning.plan import Plan
@@ -30,6 +30,29 @@ from mscompile.verification.checks import check_independence
 
 
 @dataclass(frozen=True)
+class Files:
+    """Files that a compile writes; None for those that it does not."""
+
+    model: Path | None = None
+    plan: Path | None = None
+    report: Path | None = None
+    html: Path | None = None
+
+    @classmethod
+    def of(cls, model: str | Path | None, report: str | Path | None, html: str | Path | None) -> Files:
+        """Those asked for; plan and report stand beside the model."""
+        target, said, page = (None if path is None else Path(path) for path in (model, report, html))
+        if target is None:
+            return cls(report=said, html=page)
+        return cls(target, beside(target, ".plan.json"), said or beside(target, ".report.json"), page)
+
+    @property
+    def all(self) -> list[Path]:
+        """Those that are written."""
+        return [path for path in (self.model, self.plan, self.report, self.html) if path is not None]
+
+
+@dataclass(frozen=True)
 class Compilation:
     """What compiling gave.
 
@@ -39,14 +62,19 @@ class Compilation:
         The compiled model.
     plan, report
         What was done, and what it costs and is worth.
-    path
-        The file written; None if none was.
+    files
+        The files written.
     """
 
     model: ir.Model
     plan: Plan
     report: Report
-    path: Path | None
+    files: Files
+
+    @property
+    def path(self) -> Path | None:
+        """The model's file; None if none was written."""
+        return self.files.model
 
 
 def inspect(model: Model) -> Inspection:
@@ -61,6 +89,8 @@ def compile_model(
     output: str | Path | None = None,
     options: Options | None = None,
     *,
+    report: str | Path | None = None,
+    html: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     command: str = "",
@@ -78,9 +108,11 @@ def compile_model(
         See `mscompile.intake.data.read`. None: data beside the model's file; where there is none, only what the weights
         prove.
     output
-        File to write, with ``.plan.json`` and ``.report.json`` beside it. None writes nothing.
+        File to write, with ``.plan.json`` and ``.report.json`` beside it. None writes none of them.
     options
         Goal, objective and so on.
+    report, html
+        Where the report goes instead; one offline page to write.
     force, dry_run
         Overwrite; write nothing.
     run
@@ -91,14 +123,12 @@ def compile_model(
     MscompileError
         One of its kinds; nothing has been written then.
     """
-    target = None if output is None or dry_run else Path(output)
+    files = Files() if dry_run else Files.of(output, report, html)
     if isinstance(model, str | Path):
         check_regular(Path(model))
-    with claimed(target):
-        if target is not None:
-            read = [Path(entry) for entry in (model, data) if isinstance(entry, str | Path)]
-            output_conflict([target, *_beside(target)], force=force, inputs=read)
-        done = _compile(model, data, target, options or Options(), command, run, progress)
+    with claimed(*files.all):
+        output_conflict(files.all, force=force, inputs=files_read(model, data))
+        done = _compile(model, data, files, options or Options(), command, run, progress)
     for warning in done.report.warnings:
         if on_warning is not None:
             on_warning(warning)
@@ -108,7 +138,7 @@ def compile_model(
 def _compile(
     model: Model,
     data: Source | None,
-    target: Path | None,
+    files: Files,
     options: Options,
     command: str,
     run: Run,
@@ -118,6 +148,7 @@ def _compile(
     with clock.time("load"):
         source = open_dense(model, options.only, options.freeze)
         external = bool(source.external) or is_large(source.model)
+    spare_inputs(files.all, source.external)
     check_outputs(source)
     samples = find_data(source, data, options)
     source = source.given(samples)
@@ -141,10 +172,10 @@ def _compile(
         model=source.sha256,
         data=None if samples is None else samples.sha256,
         source="nothing" if samples is None else samples.source,
-        target=str((target or source.path or Path("model")).absolute()),
+        target=str((files.model or source.path or Path("model")).absolute()),
     )
     result = (
-        compile_from_weights(source, clock)
+        compile_from_weights(source, options, clock)
         if samples is None
         else compile_from_data(source, samples, options, clock, run, progress)
     )
@@ -157,22 +188,30 @@ def _compile(
     check_unchanged(source.model)
     with finishing():
         with clock.time("save"):
-            sha256, size = _write_model(compiled, target, external=external)
+            sha256, size = _write_model(compiled, files.model, external=external)
         warnings += run.work.notes
-        report = build_report(source, result, samples, options, clock, warnings, command, compiled, target, sha256, size)
+        report = build_report(
+            source, result, samples, options, clock, warnings, command, compiled, files.model, sha256, size
+        )
         report = report.model_copy(update={"reused": run.work.reused})
-        if target is not None:
-            plan_path, report_path = _beside(target)
-            with staged(plan_path) as draft:
-                draft.write_text(result.plan.to_json(), encoding="utf-8")
-            with staged(report_path) as draft:
-                draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _write_beside(files, result.plan, report)
         run.work.finish()
-    return Compilation(compiled, result.plan, report, target)
+    return Compilation(compiled, result.plan, report, files)
 
 
-def _beside(target: Path) -> tuple[Path, Path]:
-    return target.with_suffix(".plan.json"), target.with_suffix(".report.json")
+def _write_beside(files: Files, plan: Plan, report: Report) -> None:
+    """Write all files but the model."""
+    from mscompile.pages import compile_html
+
+    texts = (
+        (files.plan, plan.to_json),
+        (files.report, lambda: report.model_dump_json(indent=2) + "\n"),
+        (files.html, lambda: compile_html(report)),
+    )
+    for path, text in texts:
+        if path is not None:
+            with staged(path) as draft:
+                draft.write_text(text(), encoding="utf-8")
 
 
 def _document(compiled: ir.Model, dense: ir.Model) -> None:

@@ -42,9 +42,10 @@ from mscompile.search.search import Result
 from mscompile.verification.certificate import risk_bound
 from mscompile.version import __version__
 
-SLOWER = (
-    "the compiled model is smaller but not faster on this machine: onnxruntime's convolutions are at their best where "
-    "widths are multiples of 16, which --latency keeps to and --keep SITE=N can ask for"
+SLOWER = "the compiled model is smaller but not faster on this machine"
+WIDTHS = (
+    ": onnxruntime's convolutions are at their best where widths are multiples of 16, which --latency keeps to and --keep "
+    "SITE=N can ask for"
 )
 
 
@@ -74,8 +75,9 @@ def build_report(
             shapes = {name: array.shape for name, array in first.items()}
             macs = count_macs(source.model, shapes), count_macs(compiled, shapes)
             latency = measure_latency(source.model, compiled, probe, batch_size)
-            if latency[1] > latency[0]:
-                warnings = [*warnings, SLOWER]
+            if result.plan.sites and latency[1] > latency[0]:
+                maps = any(site.axis == 1 and source.ranks[site.tensor] > 2 for site in result.plan.sites)
+                warnings = [*warnings, SLOWER + (WIDTHS if maps else "")]
             difference = _deployment_difference(compiled, first)
     files = (source.path, *source.external) if source.path is not None else ()
     dense_bytes = sum(file.stat().st_size for file in files) if files else file_bytes(source.model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mscompile.errors import UsageError
 from mscompile.intake.trial import TRIALS
@@ -92,6 +93,17 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return function
 
     return decorate
+
+
+def given_options() -> list[str]:
+    """Names of the parameters that the command line gives, and does not leave at their defaults."""
+    context = click.get_current_context()
+    return [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
+def option_of(name: str) -> str:
+    """A parameter as the command line has it."""
+    return next(p.opts[-1] for p in click.get_current_context().command.params if p.name == name)
 
 
 def parse_keep(entries: tuple[str, ...]) -> float | Mapping[str, float | int] | None:
@@ -200,7 +212,8 @@ def calibrate_command(
     """Collect the statistics of MODEL's sites over calibration data."""
     del verbose
     from mscompile.calibration.prediction import plot_checks
-    from mscompile.files import output_conflict, staged
+    from mscompile.files import beside, output_conflict, staged
+    from mscompile.network.dense import files_read
     from mscompile.options import Options
     from mscompile.runs.locks import claimed
     from mscompile.stages import calibrate_model
@@ -208,11 +221,11 @@ def calibrate_command(
     pages = {path: text for path, text in ((svg, plot_checks), (html, check_page)) if path is not None}
     if pages and not check:
         raise UsageError("there is nothing to plot", where="--svg, --html", why="no unit is checked", hint="add --check 50")
-    target = output if output is not None else model.parent / f"{model.stem}.statistics.safetensors"
+    target = output if output is not None else beside(model, ".statistics.safetensors")
     how = {name: chosen.pop(name) for name in HOW}
     options = Options(output=parse_outputs(outputs), **chosen)
     with claimed(*pages):
-        output_conflict([*pages, target], force=force, inputs=[model])
+        output_conflict([*pages, target], force=force, inputs=files_read(model, calib))
         with running(cache=options.cache, **how) as run, bars(silent=False) as progress:
             found = calibrate_model(model, calib, target, options, check=check, force=force, run=run, progress=progress)
         for path, text in pages.items():
@@ -241,10 +254,11 @@ def plan_command(
 ) -> None:
     """Choose units of MODEL from STATISTICS and fit what stands in for the others."""
     del verbose
+    from mscompile.files import beside
     from mscompile.options import Options
     from mscompile.stages import plan_model
 
-    target = output if output is not None else model.parent / f"{model.stem}.plan.json"
+    target = output if output is not None else beside(model, ".plan.json")
     plan = plan_model(model, statistics, target, Options(keep=parse_keep(keep), **chosen), force=force)
     answer(f"{target}: {len(plan.sites)} sites cut")
 
@@ -261,11 +275,13 @@ def apply_command(
 ) -> None:
     """Carry out PLAN on MODEL, and prove the result on data."""
     del verbose
+    from mscompile.files import beside, spare_inputs
     from mscompile.options import Options
     from mscompile.planning.plan import Plan
     from mscompile.stages import apply_plan
 
-    target = output if output is not None else model.parent / f"{model.stem}.ms.onnx"
+    target = output if output is not None else beside(model, ".ms.onnx")
+    spare_inputs([target], [plan])
     done = apply_plan(model, Plan.read(plan), calib, target, Options(**chosen), force=force)
     proof = "fold error not measured" if done.fold_error is None else f"fold error {done.fold_error:.1e}"
     answer(f"{target}: {proof}")

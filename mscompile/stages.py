@@ -17,10 +17,10 @@ from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.statistics_file import load_statistics, save_statistics
 from mscompile.calibration.windows import view_of, window_name, window_weight
 from mscompile.errors import DataError, GoalError, UsageError
-from mscompile.files import output_conflict, save_model, staged
+from mscompile.files import is_large, output_conflict, save_model, spare_inputs, staged
 from mscompile.intake.samples import Source
 from mscompile.machine import blas_threads
-from mscompile.network.dense import DenseModel, Model, find_data, generated_inputs, nothing_to_cut, open_dense
+from mscompile.network.dense import DenseModel, Model, files_read, find_data, generated_inputs, nothing_to_cut, open_dense
 from mscompile.network.scm import Site
 from mscompile.options import Options
 from mscompile.planning.plan import Keep, Plan, SitePlan, make_plan, resolve_keep
@@ -34,11 +34,6 @@ from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Progress, no_progress
 from mscompile.verification.checks import check_independence
 from mscompile.verification.verify import fold_error, make_pair
-
-
-def _files(*entries: object) -> list[Path]:
-    """Those that are read from files of those names."""
-    return [Path(entry) for entry in entries if isinstance(entry, str | Path)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def calibrate_model(
     options = options or Options()
     with claimed(output):
         if output is not None:
-            output_conflict([output], force=force, inputs=_files(model, data))
+            output_conflict([output], force=force, inputs=files_read(model, data))
         return _calibrate(model, data, output, options, check, run, progress)
 
 
@@ -84,6 +79,7 @@ def _calibrate(
     model: Model, data: Source | None, output: Path | None, options: Options, check: int, run: Run, progress: Progress
 ) -> Calibration:
     dense = open_dense(model, options.only, options.freeze)
+    spare_inputs([] if output is None else [output], dense.external)
     samples = find_data(dense, data, options)
     dense = dense.given(samples)
     if samples is None:
@@ -172,12 +168,13 @@ def plan_model(model: Model, statistics: Path, output: Path | None, options: Opt
         )
     with claimed(output):
         if output is not None:
-            output_conflict([output], force=force, inputs=_files(model, statistics))
+            output_conflict([output], force=force, inputs=[*files_read(model, None), statistics])
         return _plan(model, statistics, output, options, options.keep)
 
 
 def _plan(model: Model, statistics: Path, output: Path | None, options: Options, keep: Keep | Mapping[str, Keep]) -> Plan:
     dense = open_dense(model, options.only, options.freeze)
+    spare_inputs([] if output is None else [output], dense.external)
     found = load_statistics(statistics, model_sha256=dense.sha256)
     dense = dense.restricted(frozenset(found.moments))
     _check_measured(statistics, found, options)
@@ -282,12 +279,14 @@ def apply_plan(
     options = options or Options()
     with claimed(output):
         if output is not None:
-            output_conflict([output], force=force, inputs=_files(model, data))
+            output_conflict([output], force=force, inputs=files_read(model, data))
         return _apply(model, plan, data, output, options)
 
 
 def _apply(model: Model, plan: Plan, data: Source | None, output: Path | None, options: Options) -> Application:
     dense = open_dense(model)
+    external = bool(dense.external) or is_large(dense.model)
+    spare_inputs([] if output is None else [output], dense.external)
     if plan.model_sha256 != dense.sha256:
         raise UsageError(
             "the plan is of another model",
@@ -317,5 +316,5 @@ def _apply(model: Model, plan: Plan, data: Source | None, output: Path | None, o
         error = fold_error(pair, plan, samples, dense.batch or options.batch)
     stamped: ir.Model = stamp(compiled, plan, dense.sha256)
     if output is not None:
-        save_model(stamped, output)
+        save_model(stamped, output, external=external)
     return Application(compiled, error, output)

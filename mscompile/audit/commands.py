@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 
 from mscompile.errors import GoalError, UsageError, VerificationError
 from mscompile.runs.command import HOW, RUNNING, running, without_how
-from mscompile.stage_commands import PROVIDER, TRUST, with_options
+from mscompile.stage_commands import PROVIDER, TRUST, given_options, option_of, with_options
 from mscompile.terminal import answer, ascii_json, bars, plain, say, sentence, table, width_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 
 EXIT = {"certified": 0, "refuted": VerificationError.exit_code, "undecided": GoalError.exit_code}
 PATH = click.Path(path_type=Path)
+REPLAYED = {
+    "replay",
+    "dense",
+    "compiled",
+    "data",
+    "against",
+    "explain",
+    "as_json",
+    "quiet",
+    "verbose",
+    "force",
+    *HOW,
+    "cache",
+}
+"""Parameters that mean something to a replay."""
 
 
 @click.command("audit")
@@ -109,8 +125,15 @@ def audit_command(
     del verbose
     how = {name: chosen.pop(name) for name in (*HOW, "cache")}
     if replay is not None:
+        if unheard := [name for name in given_options() if name not in REPLAYED]:
+            raise UsageError(
+                "a certificate is made again as it says",
+                where=f"--replay {plain(str(replay), 4096)}",
+                why=f"{', '.join(map(option_of, unheard))} would change nothing",
+                hint="leave that out, or make another audit",
+            )
         files = {"against": chosen["against"], "explain": chosen["explain"]}
-        return _replay(replay, dense, compiled, data, how, silent=quiet or as_json, **files)
+        return _replay(replay, dense, compiled, data, how, silent=quiet or as_json, as_json=as_json, **files)
     if dense is None or compiled is None or data is None:
         raise UsageError(
             "an audit needs two models and data",
@@ -121,17 +144,25 @@ def audit_command(
     from mscompile.audit.counterexample import folder_of
     from mscompile.audit.pipeline import audit
     from mscompile.audit.setup import AuditOptions
-    from mscompile.files import output_conflict
+    from mscompile.files import beside, output_conflict
+    from mscompile.intake.sources import files_of
     from mscompile.runs.locks import claimed
     from mscompile.stage_commands import parse_outputs
 
-    target = output if output is not None else compiled.with_suffix(".audit.json")
+    target = output if output is not None else beside(compiled, ".audit.json")
     written = [path for path in (target, html, markdown, statement) if path is not None]
     files = {name: chosen.pop(name) for name in ("tau", "plan", "calib", "against")}
     chosen["metrics"] = chosen["metrics"] or (None,)
     chosen["outputs"] = parse_outputs(chosen["outputs"])
     options = AuditOptions(**chosen)
-    read = [Path(path) for path in (dense, compiled, data, *files.values()) if path is not None and Path(path).is_file()]
+    sources = (
+        dense,
+        data,
+        compiled,
+        *(beside(compiled, f".{kind}.json") for kind in ("plan", "report")),
+        *files.values(),
+    )
+    read = [file for source in sources if source is not None for file in files_of(source)]
     with claimed(*written, folder_of(target) if options.explain else None):
         output_conflict(written, force=force, inputs=read)
         with running(**how) as run, bars(silent=quiet or as_json) as progress:
@@ -167,6 +198,7 @@ def _replay(
     how: dict[str, Any],
     *,
     silent: bool,
+    as_json: bool,
     **more: Any,
 ) -> int:
     from mscompile.audit.replay import replay
@@ -181,6 +213,22 @@ def _replay(
         raise UsageError("nothing is kept when replaying", where="--replay, --work", why=why, hint="leave out --work")
     with running(**{**how, "cache": False}) as run, bars(silent=silent) as progress:
         found = replay(certificate, dense, compiled, data, progress, run=run, **more)
+    if as_json:
+        claims = [{"disagreements": c.disagreements, "trials": c.trials} for c in found.claims]
+        answer(
+            json.dumps(
+                {
+                    "kind": "replay",
+                    "reproduced": not found.differences,
+                    "exact": found.exact,
+                    "differences": found.differences,
+                    "left_out": found.left_out,
+                    "claims": claims,
+                    "verdict": found.report.verdict,
+                }
+            )
+        )
+        return VerificationError.exit_code if found.differences else 0
     for text in found.differences:
         say(f"differs: {plain(text, 1000)}", fg="yellow")
     totals = "; ".join(f"S = {c.disagreements:g} of n = {c.trials:,}" for c in found.claims)
@@ -225,12 +273,12 @@ def _write(report: AuditReport, target: Path, html: Path | None, markdown: Path 
 def report_command(report: Path, html: Path | None, markdown: Path | None, force: bool, verbose: int) -> None:
     """Render the REPORT of a compile, or the certificate of an audit, as one offline page or as Markdown."""
     del verbose
-    from mscompile.files import output_conflict, staged
+    from mscompile.files import beside, output_conflict, staged
     from mscompile.pages import render
     from mscompile.runs.locks import claimed
 
     if html is None and markdown is None:
-        html = report.with_suffix(".html")
+        html = beside(report, ".html")
     with claimed(html, markdown):
         output_conflict([path for path in (html, markdown) if path is not None], force=force, inputs=[report])
         for path, kind in ((html, "html"), (markdown, "markdown")):

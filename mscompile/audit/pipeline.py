@@ -158,8 +158,16 @@ def examine(
         counterexample=found,
         comparison=comparison,
         scope=_scope(claims, data, setup),
-        warnings=[*data.notes, *setup.notes],
+        warnings=[*data.notes, *setup.notes, *_misfit(setup)],
     ).sealed()
+
+
+def _misfit(setup: Setup) -> list[str]:
+    """What keeps the labels from giving an accuracy."""
+    output = setup.engine.output
+    found = setup.engine.dense.read(setup.engine.batch, [output])[output]
+    misfit = setup.measures[0].first.misfit(found.shape, setup.samples.labels)
+    return [] if misfit is None else [misfit]
 
 
 def asked(options: AuditOptions) -> Asked:

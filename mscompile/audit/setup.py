@@ -82,16 +82,16 @@ class AuditOptions:
         checks = (
             ("fidelity", 0.0 < self.fidelity < 1.0, "lies between 0 and 1"),
             ("delta", 0.0 < self.delta < 1.0, "lies between 0 and 1"),
-            ("swaps", bool(self.swaps) and all(0.0 < p <= 1.0 for p in self.swaps), "lie in (0, 1]"),
-            ("laws", bool(self.laws) and set(self.laws) <= {"one-site", "all-sites"}, "are one-site or all-sites"),
-            ("conventions", bool(self.conventions) and set(self.conventions) <= {"matched", "own"}, "are matched or own"),
+            ("swaps", bool(self.swaps) and all(0.0 < p <= 1.0 for p in self.swaps), "lies in (0, 1]"),
+            ("laws", bool(self.laws) and set(self.laws) <= {"one-site", "all-sites"}, "is one-site or all-sites"),
+            ("conventions", bool(self.conventions) and set(self.conventions) <= {"matched", "own"}, "is matched or own"),
             ("trials", self.trials is None or self.trials >= 1, "is at least 1"),
             ("table", self.table >= 0, "is not negative"),
             ("shared", self.shared in ("refuse", "drop", "keep"), "is refuse, drop or keep"),
             ("batch_size", self.batch_size >= 1, "is at least 1"),
             ("seed", self.seed >= 0, "is not negative"),
-            ("metrics", bool(self.metrics), "are not empty"),
-            ("outputs", self.outputs is None or bool(self.outputs), "are not empty"),
+            ("metrics", bool(self.metrics), "is not empty"),
+            ("outputs", self.outputs is None or bool(self.outputs), "is not empty"),
         )
         for name, holds, rule in checks:
             if not holds:

@@ -103,7 +103,7 @@ def find_beside(model: Path) -> Path | None:
     Several test data sets are returned as the folder that holds them, which `read` joins.
     """
     for suffix in (".npz", ".safetensors"):
-        if (path := model.with_name(f"{model.stem}.calib{suffix}")).is_file():
+        if (path := model.parent / f"{model.stem}.calib{suffix}").is_file():
             return path
     sets = test_sets(model.parent)
     return sets[0] if len(sets) == 1 else model.parent if sets else None

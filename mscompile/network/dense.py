@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from mscompile.errors import MscompileError, UnsupportedError, UsageError
 from mscompile.intake import data as data_module
 from mscompile.intake.loading import NOTES, external_files, load_model, read_model, read_proto
 from mscompile.intake.samples import InputSpec, Samples, Source
+from mscompile.intake.sources import files_of
+from mscompile.intake.words import brief
 from mscompile.network.inspection import inspect_scm
 from mscompile.network.scm import Scm, Site, read_scm, size_of
 from mscompile.operators.backward import FLOATS
@@ -148,8 +151,21 @@ def _open(model: Model, only: str | None, freeze: str | None) -> DenseModel:
             raise error.__cause__ from error
         raise
     scm = read_scm(loaded)
+    _check_patterns(scm, freeze)
     _correct_outputs(loaded, scm)
     return DenseModel(loaded, scm, selectable(scm, only=only, freeze=freeze), sha256, path, specs, external)
+
+
+def _check_patterns(scm: Scm, freeze: str | None) -> None:
+    """Refuse a pattern that was to keep sites whole and is of none: they would be cut without a word."""
+    names = [site.tensor for site in scm.sites]
+    if freeze is not None and names and not any(re.search(freeze, name) for name in names):
+        raise UsageError(
+            "no site has a name that matches",
+            where=f"--freeze {freeze}",
+            why=f"the sites are {brief(names)}",
+            hint="`mscompile inspect MODEL` lists them",
+        )
 
 
 def _correct_outputs(model: ir.Model, scm: Scm) -> None:
@@ -206,11 +222,19 @@ def nothing_to_cut(source: DenseModel, options: Options | None = None) -> str:
     """Why no site can be cut, in one sentence."""
     if options is not None and selectable(source.scm):
         patterns = [f"--{name} {text}" for name in ("only", "freeze") if (text := getattr(options, name)) is not None]
-        return f"{' and '.join(patterns)} leave no site that could be"
+        return f"{' and '.join(patterns)} leave{'' if len(patterns) > 1 else 's'} no site that could be"
     inspection = inspect_scm(source.scm)
     reasons = dict.fromkeys(reason for reason in inspection.left_alone.values() if reason)
     listed = "; ".join(list(reasons)[:3]) or "no operator contracts a unit axis with a weight"
     return listed + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+
+
+def files_read(model: Model, data: Source | None) -> list[Path]:
+    """The files that a model and its data are read from, as far as names tell: given, or found beside the model."""
+    if not isinstance(model, str | Path):
+        return [] if data is None else files_of(data)
+    found = data if data is not None else data_module.find_beside(Path(model))
+    return [Path(model), *([] if found is None else files_of(found))]
 
 
 def find_data(source: DenseModel, data: Source | None, options: Options) -> Samples | None:

@@ -21,7 +21,7 @@ from mscompile.runtime import Progress
 LOOK_SECONDS = 0.1
 """Between looks at the clock and the memory."""
 HARD = 1.25
-"""Times the memory limit beyond which the process ends at once, without waiting for what it is doing."""
+"""Times the memory limit beyond which the process ends, whatever it is doing, where it has not stopped by the next look."""
 SIZES = {"": 1, **{f"{unit}{end}": size for n, unit in enumerate("kmgt", 1) for end, size in
                    (("", 1000**n), ("b", 1000**n), ("ib", 1024**n))}, "b": 1}  # fmt: skip
 TIMES = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -41,7 +41,10 @@ def _quantity(text: str, units: dict[str, Any], option: str, example: str) -> fl
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in units or not float(match[1]) > 0:
         raise UsageError(
-            "this limit cannot be read", where=f"{option} {text}", why="it is no number with a unit", hint=f"write {example}"
+            "this limit cannot be read",
+            where=f"{option} {text}",
+            why="it is no positive number with a unit",
+            hint=f"write {example}",
         )
     return float(match[1]) * float(units[match[2]])
 
@@ -121,11 +124,12 @@ class Limits:
         start, main = time.monotonic(), threading.main_thread().ident
         while not self._end.wait(self._pause(time.monotonic() - start)):
             used = _resident() if self.memory is not None else 0
+            told = self.exceeded is not None
             if self.exceeded is None:
                 self.exceeded = self._found(time.monotonic() - start, used)
             if self.exceeded is not None and self._signal and main is not None:
                 signal.pthread_kill(main, signal.SIGALRM)
-            if self.memory is not None and used > HARD * self.memory and self.exceeded is not None:
+            if self.memory is not None and used > HARD * self.memory and told:
                 with contextlib.suppress(OSError):
                     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"mscompile: {self.exceeded}\n".encode())
                 os._exit(ResourceError.exit_code)
@@ -178,5 +182,5 @@ def free_memory() -> int:
 
 
 def gigabytes(size: float) -> str:
-    """A size in words."""
-    return f"{size / 1e9:.2f} GB"
+    """A size in words, of three digits where it is small."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from mscompile.errors import UsageError
+from mscompile.errors import ResourceError, UsageError
 
 try:
     import fcntl
@@ -64,6 +65,8 @@ def claimed(*targets: Path | None) -> Iterator[None]:
     ------
     UsageError
         Another run is writing one, or it names no file.
+    ResourceError
+        Nothing may be written in its folder.
     """
     with contextlib.ExitStack() as held:
         for target in {os.path.realpath(path): path for path in targets if path is not None}.values():
@@ -79,8 +82,15 @@ def _claimed(target: Path) -> Iterator[None]:
     lock = target.with_name(f".{target.name[:200]}{HELD}")
     try:
         file = acquire(lock)
-    except OSError:
-        yield  # where no lock can be written no output can: writing it says why
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # before anything is computed, not after
+            raise ResourceError(
+                "the output cannot be written",
+                where=str(target),
+                why=error.strerror or str(error),
+                hint="check permissions, or name another output with -o",
+            ) from error
+        yield  # where no lock can be written no output can: checking or writing it says why
         return
     if file is None:
         raise UsageError(

@@ -323,7 +323,7 @@ def crew_of(asked: str) -> Crew | None:
         raise UsageError(
             "there are no such workers",
             where=f"--workers {asked}",
-            why="it is neither a number nor ray or ray://HOST:PORT",
+            why="it is neither a positive number nor ray or ray://HOST:PORT",
             hint="write --workers 4",
         )
     count = int(asked)

@@ -85,17 +85,31 @@ class Result:
     warnings: tuple[str, ...] = ()
 
 
-def compile_from_weights(source: DenseModel, clock: Clock) -> Result:
-    """Compile without data: only what the weights prove."""
+def compile_from_weights(source: DenseModel, options: Options, clock: Clock) -> Result:
+    """Compile without data: only what the weights prove.
+
+    Raises
+    ------
+    GoalError
+        They prove nothing, or the goal is a size.
+    """
     with clock.time("plan"):
         plan = exact_plan(source.scm, source.groups, model_sha256=source.sha256)
+    recipe = data_module.recipe(source.specs, source.path or Path("model.onnx"))
     if not plan.sites:
         raise GoalError(
             "without data there is nothing to do",
             where=str(source.path or "model"),
             why="its weights alone prove no unit constant, duplicate or unread",
-            hint="give calibration data with --calib\n"
-            + data_module.recipe(source.specs, source.path or Path("model.onnx")),
+            hint=f"give calibration data with --calib\n{recipe}",
+        )
+    if options.sized:
+        removed = sum(site.size - len(site.kept) for site in plan.sites)
+        raise GoalError(
+            f"without data the goal {options.goal} cannot be pursued",
+            where=str(source.path or "model"),
+            why=f"its weights alone prove {removed} units constant, duplicate or unread, whatever the goal",
+            hint=f"leave the goal out to remove those alone, or give calibration data with --calib\n{recipe}",
         )
     with clock.time("rewrite"):
         compiled = rewrite(source.model, plan)
@@ -118,7 +132,7 @@ def compile_from_data(
         raise DataError(
             "there are too few samples",
             where=samples.source,
-            why=f"{len(samples)} samples; fitting and verifying take at least {FEWEST}",
+            why=f"number of samples: {len(samples)}; fitting and verifying take at least {FEWEST}",
             hint="give more data; some hundred samples are a good start",
         )
     opset = source.model.opset_imports.get("", OLDEST_INTERVENTION)
@@ -392,6 +406,8 @@ class Search:
             stress=[_law_report(entry) for entry in stress],
         )
         warnings = (*kept, *(workshop.scores.warnings if options.replacement == CONSTANT else ()))
+        if (misfit := interchange.misfit(workshop.parts["certify"])) is not None:
+            warnings = (*warnings, misfit)
         if candidate.compiled.unfolded:
             listed = ", ".join(candidate.compiled.unfolded)
             warnings = (*warnings, f"not folded, and so not as small as planned: {listed}")

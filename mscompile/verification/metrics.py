@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,20 @@ class Metric:
         if labels is None or not self.classes or labels.shape != output.shape[:-1]:
             return None
         return float((output.argmax(axis=-1) == labels).mean())
+
+    def misfit(self, shape: Sequence[int], labels: Array | None) -> str | None:
+        """What keeps labels from giving an accuracy, or part of it, for outputs of a shape; None where nothing does."""
+        if labels is None:
+            return None
+        if not self.classes:
+            return f"no accuracy is measured: the answer, compared by {self.name}, is not taken for classes"
+        if labels.shape[1:] != tuple(shape[1:-1]):
+            found, wanted = (", ".join(["samples", *map(str, dims)]) for dims in (labels.shape[1:], shape[1:-1]))
+            return f"no accuracy is measured: the labels have the shape ({found}), the classes answered ({wanted})"
+        outside = int((~np.isin(labels, np.arange(shape[-1]))).sum())
+        if outside:
+            return f"{outside} of {labels.size} labels are none of the classes 0 to {shape[-1] - 1}: they count as not met"
+        return None
 
 
 def _argmax_loss(dense: Array, compiled: Array) -> npt.NDArray[np.float64]:

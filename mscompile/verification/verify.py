@@ -198,6 +198,13 @@ class Interchange:
             difference.kl,
         )
 
+    def misfit(self, samples: Samples) -> str | None:
+        """See `Metric.misfit`."""
+        if samples.labels is None:
+            return None
+        found = self.engine.dense.read(self.engine.batch, [self.engine.output])
+        return self.metric.misfit(found[self.engine.output].shape, samples.labels)
+
     def plain(self, samples: Samples) -> Mapping[str, float | None]:
         """Agreement and relative logit MSE without intervention, and accuracies where labels are there."""
         dense, compiled = (found[self.engine.output] for found in self.engine.plain(samples))
