@@ -302,7 +302,10 @@ def test_compiling_needs_no_torch(small: Path):
         (("--work", "m.onnx"), 8, "work folder cannot be written"),
     ],
 )
-def test_limits_and_how_to_run(run: Run, small: Path, arguments: tuple[str, ...], code: int, words: str):
+def test_limits_and_how_to_run(
+    run: Run, small: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, words: str
+):
+    monkeypatch.setattr("mscompile.runs.limits.LOOK_SECONDS", 60.0)  # what is needed is told before what is used is seen
     before = written(small.parent)
     refused(run(small, *KEEP, *arguments), code, words)
     assert written(small.parent) == before
