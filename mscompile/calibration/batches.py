@@ -7,14 +7,15 @@ the same sums to the last bit, wherever there is room for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+
+import numpy as np
 
 from mscompile.calibration.blocks import WHOLE_BYTES
 from mscompile.calibration.footprint import footprint, size_of_tensor
 from mscompile.calibration.instrument import Instrument, Measure
 from mscompile.calibration.reverse import sample_shapes
 from mscompile.calibration.room import room_for_sums
-from mscompile.calibration.survey import survey
+from mscompile.calibration.survey import Survey
 from mscompile.calibration.windows import window_of
 from mscompile.errors import ResourceError
 from mscompile.intake.samples import Samples
@@ -65,14 +66,15 @@ def _bound(scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, 
 
 def _held(scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, batch: int) -> int:
     """By the summing graph itself."""
-    counts = _counts(scm, samples)
     outputs = measure.outputs if measure.curvature != "none" else {}
-    first = replace(survey(scm, sites, _part(samples, counts[0]), counts[0], outputs), batch=batch)
+    means = {site.tensor: np.ones(site.size, dtype=np.float32) for site in sites}
+    near = dict.fromkeys(means, False)  # as if everything had to be centred
     found: list[Mapping[str, Shape]] = []
-    for count in counts:
+    for count in _counts(scm, samples):
         part = _part(samples, count)
-        here = replace(first, samples=count, shapes=sample_shapes(scm.model, part))
-        instrument = Instrument(scm, sites, here, measure, len(samples))
+        shapes = sample_shapes(scm.model, part)
+        extents = {output: tuple(int(d or 0) for d in shapes[output][1:]) for output in outputs}
+        instrument = Instrument(scm, sites, Survey(count, batch, shapes, extents, means, near), measure, len(samples))
         found.append(instrument.shapes(part, samples.labels))
     return int(OVERHEAD * footprint(instrument.model.graph, _line(found, batch)))
 

@@ -25,7 +25,7 @@ from mscompile.planning.selection import eliminate_by_score, eliminate_jointly
 from mscompile.rewrite import Compiled, rewrite
 from mscompile.verification.verify import Interchange, Law, Pair, make_pair
 
-BATCH = Options().batch_size
+BATCH = Options().batch
 """Samples at a time: the compiler's default, since the windows it observes are drawn batch by batch."""
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -99,9 +99,6 @@ MADE: Mapping[str, Maker] = {
     "svm_regressor": noise("input", 2000, 6),
 }
 
-CONSTANT = frozenset({"sig", "sig_bak_ovr"})
-"""Compiled with constants: covariances and windows of maps of 900 × 161 positions take more than 24 GiB in batches of 8."""
-
 
 def files(folders: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
     """The networks of the table, in its order, that the folders hold."""
@@ -147,8 +144,6 @@ def measure(name: str, path: Path, keep: float) -> Row:
     made = None if data.exists() else MADE[name](np.random.default_rng(0))
     inputs = dict(np.load(data)) if made is None else made
     options = mscompile.Options(keep=keep, batch_size=dense.batch or (8 if name in MADE else 64), probes=1)
-    if name in CONSTANT:
-        options = replace(options, replacement="constant")
     began = time.perf_counter()
     try:
         result = mscompile.compile_model(path, inputs, None, options)

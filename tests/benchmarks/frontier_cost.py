@@ -50,7 +50,7 @@ def run(dense: DenseModel, path: Path) -> tuple[Seconds, Seconds, Seconds, int]:
         dense.scm,
         dense.sites,
         parts["calibrate"],
-        batch_size=options.batch_size,
+        batch_size=options.batch,
         measure=what_to_measure(dense, options),
     )
     calibration = elapsed(start)

@@ -57,8 +57,8 @@ def main(models: tuple[Path, ...], keep: float, seconds: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             small, batch = Path(folder) / "small.onnx", Path(folder) / "batch.npz"
             mscompile.compile_model(path, beside(path, "calib"), small, options)
-            np.savez(batch, **next(samples.batches(options.batch_size)))
-            ours = sizes.measure_latency(load_model(path)[0], load_model(small)[0], samples, options.batch_size)
+            np.savez(batch, **next(samples.batches(options.batch)))
+            ours = sizes.measure_latency(load_model(path)[0], load_model(small)[0], samples, options.batch)
             theirs = counted(path, small, batch, seconds)
         shares = [ours[1] / ours[0], *(theirs[1][name] / theirs[0][name] for name in ("quartile", "minimum"))]
         apart |= abs(shares[1] / shares[0] - 1) > APART

@@ -29,7 +29,7 @@ from mscompile.runtime import Session
 DIGITS = Path(models.__file__).with_name("digits.onnx")
 FOLDER = os.environ.get("MSCOMPILE_MODELS")
 TRAINED = [path for path in sorted(Path(FOLDER).glob("*.onnx")) if beside(path, "calib").is_file()] if FOLDER else []
-BATCH = Options().batch_size
+BATCH = Options().batch
 ROUNDS = 7
 TRIALS = 5000
 
