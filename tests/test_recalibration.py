@@ -20,7 +20,10 @@ from mscompile.planning.preparation import eliminate, split, what_to_measure
 from mscompile.planning.recalibration import recalibrate
 from mscompile.planning.refits import Sums, Target
 from mscompile.planning.scores import score
+from mscompile.planning.staged import StagedPass
 from mscompile.rewrite import rewrite
+from mscompile.runs.parcel import Parcel
+from mscompile.runs.work import NOWHERE, Stage
 from mscompile.runtime import Session, no_progress
 from mscompile.search.candidates import Workshop
 from mscompile.search.sweep import Sweep
@@ -171,6 +174,40 @@ def test_new_weights_that_do_worse_are_taken_back(digits: Workshop, monkeypatch:
     )
     assert all(step.rolled_back and not step.refitted for step in steps)
     assert found == plan
+
+
+class Kept(Stage):
+    """Keeps the first so many parcels."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(NOWHERE, None)
+        self.most, self.parcels = most, dict[str, Parcel]()
+
+    def parcel(self, name: str) -> Parcel | None:
+        return self.parcels.get(name)
+
+    def keep(self, name: str, content: Parcel) -> None:
+        if len(self.parcels) < self.most:
+            self.parcels[name] = content
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_going_on_gives_the_same_bytes(digits: Workshop, done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever onnxruntime fuses within a stage, stages are the same whether what they led to was kept or not."""
+    stages, advance = [], StagedPass.advance
+
+    def watched(self: StagedPass, names: Any, weights: Any) -> Any:
+        stages.append(tuple(names))
+        return advance(self, names, weights)
+
+    monkeypatch.setattr(StagedPass, "advance", watched)
+    plan, stage = digits.make(counts_of(digits, 0.4), recalibrated=False).plan, Kept(done)
+    args = digits.source, plan, digits.statistics, digits.parts["calibrate"], digits.held, digits.outputs
+    first, second = (recalibrate(*args, batch_size=64, stage=stage) for _ in range(2))
+    assert len(stage.parcels) == done < len(plan.sites)
+    assert [site.sha256 for site in first[0].sites] == [site.sha256 for site in second[0].sites]
+    assert first[1] == second[1]
+    assert stages[: len(stages) // 2] == stages[len(stages) // 2 :]
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------

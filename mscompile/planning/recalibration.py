@@ -9,7 +9,7 @@ Both networks are gone through once, in stages, by plans (`planning.tuning`): no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,12 +102,23 @@ def recalibrate(
     trial = StagedPass(tunable.graph, held, batch_size, work)
     wanted = trial.outputs(names, tunable.weights(()))
 
+    def targets_of(entry: SitePlan) -> list[Target]:
+        return _targets(source, entry, statistics.moments[entry.tensor].mean)
+
+    def go(entry: SitePlan, targets: Sequence[Target], before: Sequence[SitePlan]) -> Iterator[tuple[Arrays, Arrays]]:
+        """Take all that is run up to one site, or to its readers: what these see in both networks."""
+        so_far, places = tunable.weights(before), list(dict.fromkeys(target.reader.data for target in targets))
+        if places:
+            yield from zip(dense.advance(places, tunable.weights(())), compiled.advance(places, so_far), strict=True)
+        for _ in trial.advance([entry.tensor], so_far):
+            pass
+
     def risk(*sites: SitePlan) -> float:
         return measured_risk(basis, wanted, trial.outputs(names, tunable.weights(sites)), weights) / len(held)
 
     done: list[SitePlan] = []
     steps: list[Step] = []
-    before = 0.0
+    before, reused = 0.0, 0
     for entry in progress(plan.sites, "re-calibrate", len(plan.sites)):
         name = f"refit-{digest(known.sha256 for known in (*done, entry))}"
         kept = stage.parcel(name)
@@ -116,17 +127,16 @@ def recalibrate(
             step, windows = _unpacked(kept)
             steps.append(step)
             done.append(entry.model_copy(update={"windows": windows}))
-            before = step.measured
+            before, reused = step.measured, reused + 1
             continue
-        targets = _targets(source, entry, statistics.moments[entry.tensor].mean)
-        places = list(dict.fromkeys(target.reader.data for target in targets))
-        whole, so_far = tunable.weights(()), tunable.weights(done)
-        seen = zip(dense.advance(places, whole), compiled.advance(places, so_far), strict=True) if targets else ()
-        fitted = tuple(_refits(targets, seen, len(samples), batch_size, plan.swap, seed))
+        # By the same stages as without what was kept: other ones round otherwise.
+        for i in range(reused):
+            for _ in go(done[i], targets_of(done[i]), done[:i]):
+                pass
+        reused, targets = 0, targets_of(entry)
+        fitted = tuple(_refits(targets, go(entry, targets, done), len(samples), batch_size, plan.swap, seed))
         given = {window.reader: window for window in (*entry.windows, *fitted)}
         chosen = entry.model_copy(update={"windows": tuple(given.values())})
-        for _ in trial.advance([entry.tensor], so_far):
-            pass
         measured, rolled_back = risk(*done, chosen), False
         own = entry.predicted_risk if entry.basis == basis else None
         if fitted and (own is None or measured > before + ROLLBACK * own):
