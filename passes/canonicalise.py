@@ -96,7 +96,12 @@ _OTHER = "DequantizeLinear QuantizeLinear If Loop Scan Optional SequenceConstruc
 IMPURE = frozenset([*_RANDOM.split(), *_OTHER.split()])
 """Operators that are left to run time: random, stateful or quantised ones, and those on other things than tensors."""
 SLACK = 1 << 16
-"""Bytes that storing a computed parameter may add to the file."""
+"""Bytes that storing a computed parameter may add to the file.
+
+An embedding that is transposed to be read by the outputs as well is stored twice up to here, though nothing need be cut: as
+long as it is computed the tensor that it reads cannot be, and what is folded into a reader makes it another weight than
+what is looked up. A larger one stays tied, and what it reads whole.
+"""
 
 
 def _bytes(value: ir.Value) -> int:
