@@ -17,6 +17,7 @@ from mscompile.network.scm import Reader, Scm, Site, read_scm
 from mscompile.operators import DIALECT, IntArray, Signature
 from mscompile.passes.narrow import unread_units
 from mscompile.passes.readers import add_bias, array_of, owned
+from mscompile.planning.carrying import Demand, shared_out, standing
 from mscompile.planning.constants import Carrier, carriers
 
 
@@ -42,35 +43,6 @@ def carry_of(reader: Reader) -> ir.Node | None:
     data = reader.node.inputs[reader.signature.linear.data]  # type: ignore[union-attr]
     producer = None if data is None else data.producer()
     return producer if producer is not None and producer.domain == DIALECT and producer.op_type == "Carry" else None
-
-
-@dataclass(frozen=True)
-class Demand:
-    """A group of a reader behind a Carry node: one of the units it meets is to be its carrier."""
-
-    site: Site
-    reader: Reader
-    group: int
-
-    def units(self, unread: IntArray) -> set[int]:
-        """Units that may be: those nothing reads, free to go, whose first channel, which tells their value, it meets."""
-        first = np.unique(self.site.units, return_index=True)[1]
-        channels = np.intersect1d(self.reader.met[self.group], first)
-        own = self.site.units[channels[self.site.free[channels]]]
-        return set(own[np.isin(own, unread)].tolist())
-
-
-@dataclass
-class Shared:
-    """Demands that one unit serves, and the units that could."""
-
-    units: set[int]
-    demands: list[Demand]
-
-    @property
-    def sites(self) -> dict[str, Site]:
-        """Where it is read."""
-        return {demand.site.tensor: demand.site for demand in self.demands}
 
 
 def _fold(graph: ir.Graph, scm: Scm, members: Sequence[tuple[Site, Reader]], unread: IntArray) -> bool:
@@ -99,26 +71,24 @@ def _choose(
     scm: Scm, demands: Sequence[Demand], unread: IntArray
 ) -> dict[tuple[ir.Node, int], tuple[Carrier, float]] | None:
     """A carrier, and its value at the site, by reader and group; None where there is none for one of them."""
-    shared: list[Shared] = []
-    for units, demand in sorted(((d.units(unread), d) for d in demands), key=lambda pair: len(pair[0])):
-        for entry in shared:
-            if entry.units & units:
-                entry.units &= units
-                entry.demands.append(demand)
-                break
-        else:
-            shared.append(Shared(units, [demand]))
+    shared, stand = shared_out(demands, unread), standing(scm)
     found: dict[tuple[ir.Node, int], tuple[Carrier, float]] = {}
     for tensors in dict.fromkeys(tuple(entry.sites) for entry in shared):
         entries = [entry for entry in shared if tuple(entry.sites) == tensors]
         sites = [*entries[0].sites.values()]
-        parts = [np.flatnonzero(np.isin(sites[0].units, list(entry.units))) for entry in entries]
-        for entry, constant in zip(entries, carriers(scm, sites, parts), strict=True):
+        chosen = _carriers(scm, sites, [entry.least(stand) for entry in entries])
+        if None in chosen:
+            chosen = _carriers(scm, sites, [entry.units for entry in entries])
+        for entry, constant in zip(entries, chosen, strict=True):
             if constant is None:
                 return None
             values = dict(zip(tensors, constant.values, strict=True))
             found |= {(d.reader.node, d.group): (constant, values[d.site.tensor]) for d in entry.demands}
     return found
+
+
+def _carriers(scm: Scm, sites: Sequence[Site], units: Sequence[set[int]]) -> tuple[Carrier | None, ...]:
+    return carriers(scm, sites, [np.flatnonzero(np.isin(sites[0].units, list(some))) for some in units])
 
 
 def make_constant(graph: ir.Graph, scm: Scm, site: Site, constants: Sequence[Carrier]) -> None:

@@ -7,18 +7,19 @@ width is known from the order in which they go.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
 import onnx_ir as ir
 
-from mscompile.network.scm import Scm, infer_shapes, parameters
+from mscompile.network.scm import Scm, Site, infer_shapes, parameters
 from mscompile.network.units import Labels, width
 from mscompile.operators import IntArray, NodeView, Shape, declared
 from mscompile.operators.backward import FLOATS
-from mscompile.planning.selection import retained_units
+from mscompile.planning.carrying import Standing, standing, with_carriers
+from mscompile.planning.selection import retained_units, without_carriers
 
 Counts = Mapping[int, int]
 """Channels left, by group."""
@@ -149,9 +150,21 @@ class Costs:
         if (group, count) not in self._dead:
             order, sites = self.orders[group], [site for site in self.scm.sites if site.group == group]
             kept = retained_units(order, count, self.scm.blocks, self.scm.frozen, sites)
+            if any(site.border for site in sites) and not self._alike(sites):
+                retained = without_carriers(kept, order, self.scm.blocks, sites)
+                kept = with_carriers(retained, sites, np.setdiff1d(order, retained), self._standing)
             gone = {*np.setdiff1d(order, kept).tolist()}
             self._dead[group, count] = self.scm.removable(gone, self._axes.get(group, ()))
         return self._dead[group, count]
+
+    def _alike(self, sites: Sequence[Site]) -> bool:
+        """Whether it makes no difference to the widths which units of a reader that pads carry constants."""
+        padding = [site.units for site in sites if site.border]
+        return all(len({self._standing.get(unit) for unit in units.tolist()}) == 1 for units in padding)
+
+    @cached_property
+    def _standing(self) -> dict[int, Standing]:
+        return standing(self.scm)
 
     @cached_property
     def _axes(self) -> dict[int, list[IntArray]]:
