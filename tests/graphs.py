@@ -109,6 +109,15 @@ GRAPHS = {
         }""",
         ["a: h[1] 8 > y"],
     ),
+    "a convolution behind positions that are turned": (
+        """(float[N,3,6,7] x) => (float[N,5,A,B] y) <float[8,3,1,1] w1, float[5,8,3,3] w2> {
+            a = Conv(x, w1)
+            h = Relu(a)
+            t = Transpose<perm=[0,1,3,2]>(h)
+            y = Conv<pads=[1,1,0,0]>(t, w2)
+        }""",
+        ["a: h[1] 8 > y"],
+    ),
     "squeeze and excitation": (
         """(float[N,3,6,6] x) => (float[N,5,6,6] y)
         <float[8,3,1,1] w1, float[2,8,1,1] w2, float[2] b2, float[8,2,1,1] w3, float[8] b3, float[5,8,1,1] w4> {

@@ -61,8 +61,8 @@ def view_of(site: Site, reader: Reader) -> Window | None:
         return Window(site.size, taps)
     kernel = shape[2:]
     attributes = reader.node.attributes
-    if reader.node.op_type != "Conv" or taps > 1 or site.axis != 1:
-        return None
+    if reader.node.op_type != "Conv" or taps > 1 or site.axis != 1 or reader.data != site.tensor:
+        return None  # or positions were moved on the way
     if "auto_pad" in attributes and attributes["auto_pad"].as_string() not in ("NOTSET", "VALID"):
         return None
 
