@@ -160,6 +160,13 @@ def test_a_goal_is_reached_and_no_width_can_be_given_back(goal: float) -> None:
             assert weight({**counts, group: curve.counts[place - 1]}, None) > goal
 
 
+def test_the_last_step_may_end_beside_the_hull() -> None:
+    """As wide as the goal allows, where the hull only has a width far below."""
+    curves = {0: Curve((64, 16), (0.0, 4.0), ((48, 2.0), (32, 3.5), (24, 3.9)))}
+    assert reach(curves, lambda counts, _: counts.get(0, 64) / 64, 0.6) == {0: 32}
+    assert reach(curves, lambda counts, _: counts.get(0, 64) / 64, 0.3) == {0: 16}
+
+
 def test_a_goal_below_the_narrowest_is_out_of_reach() -> None:
     assert reach(CURVES, weight, 34) is None
 

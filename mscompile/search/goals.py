@@ -45,10 +45,13 @@ class Curve:
         Channels left, from all of them down, on the lower convex hull.
     risk
         Risk at each.
+    beside
+        Widths off the hull with their risks, for the last steps to a goal.
     """
 
     counts: tuple[int, ...]
     risk: tuple[float, ...]
+    beside: tuple[tuple[int, float], ...] = ()
 
 
 def widths(sites: Sequence[Site], units: int, ranks: Mapping[str, int], *, aligned: bool = False) -> IntArray:
@@ -104,7 +107,9 @@ def make_curve(elimination: Elimination, counts: IntArray, carriers: int, measur
     possible = np.isfinite(predicted)
     counts, risk = counts[possible], np.maximum.accumulate(predicted[possible])
     hull = _lower_hull(counts.astype(np.float64), risk)
-    return Curve(tuple(int(counts[i]) for i in hull), tuple(float(risk[i]) for i in hull))
+    points = [(int(count), float(value)) for count, value in zip(counts, risk, strict=True)]
+    found, values = zip(*(points[i] for i in hull), strict=True)
+    return Curve(found, values, tuple(point for i, point in enumerate(points) if i not in hull))
 
 
 def _lower_hull(x: Array, y: Array) -> list[int]:
@@ -157,19 +162,19 @@ def reach(curves: Mapping[int, Curve], cost: Cost, goal: float) -> dict[int, int
 
 
 def _widened(curves: Mapping[int, Curve], cost: Cost, counts: dict[int, int], goal: float) -> dict[int, int]:
-    """Give back what the last steps took beyond the goal, most risk first."""
+    """Give back what the last steps took beyond the goal, most risk first, up to the width on the hull before or part of it."""
     counts = dict(counts)
+    risks = {group: dict([*zip(curve.counts, curve.risk, strict=True), *curve.beside]) for group, curve in curves.items()}
     while True:
         total, best = cost(counts, None), (0.0, -1, 0)
         for group, curve in curves.items():
-            place = curve.counts.index(counts[group])
-            if place == 0:
-                continue
-            wider = curve.counts[place - 1]
-            extra = cost({**counts, group: wider}, group) - cost(counts, group)
-            relief = curve.risk[place] - curve.risk[place - 1]
-            if total + extra <= goal and relief > best[0]:
-                best = relief, group, wider
+            own, least = risks[group], counts[group]
+            most = min((count for count in curve.counts if count > least), default=least)
+            for wider in (count for count in own if least < count <= most):
+                extra = cost({**counts, group: wider}, group) - cost(counts, group)
+                relief = own[least] - own[wider]
+                if total + extra <= goal and relief > best[0]:
+                    best = relief, group, wider
         if best[1] < 0:
             return counts
         counts[best[1]] = best[2]
