@@ -162,7 +162,7 @@ def reach(curves: Mapping[int, Curve], cost: Cost, goal: float) -> dict[int, int
 
 
 def _widened(curves: Mapping[int, Curve], cost: Cost, counts: dict[int, int], goal: float) -> dict[int, int]:
-    """Give back what the last steps took beyond the goal, most risk first, up to the width on the hull before or part of it."""
+    """Give back what the last steps took beyond the goal, most risk first, up to the width on the hull before at most."""
     counts = dict(counts)
     risks = {group: dict([*zip(curve.counts, curve.risk, strict=True), *curve.beside]) for group, curve in curves.items()}
     while True:
