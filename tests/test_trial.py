@@ -57,6 +57,31 @@ def test_a_sound_model_is_taken_in(model: Path, trials: trial.Trials):
     assert load_model(model)[1] == sha256
 
 
+def test_an_interrupted_trial_leaves_no_answer_to_the_next(
+    model: Path, trials: trial.Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The answer on the first would else be taken for one on the second."""
+    does = "lambda path, **_: time.sleep(0.5) or os.abort() if 'slow' in path else os.kill(os.getpid(), 11)"
+    monkeypatch.setattr(trial, "PROGRAM", SERVER.format(does))
+    trials.begin()
+    with pytest.raises(ModelError, match="SIGSEGV"):  # it is up
+        trial.attempt(model, 8)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            trial.attempt(tmp_path / "slow.onnx", 8)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ModelError, match="SIGSEGV"):
+        trial.attempt(model, 8)
+
+
 @pytest.mark.parametrize(
     ("does", "error", "words"),
     [

@@ -35,7 +35,7 @@ def open_source(src: Source, names: Sequence[str], labels: str | None, notes: No
         return src.source, _whole(src.source, arrays), sys.maxsize
     if isinstance(src, Mapping):
         return "arrays in memory", _whole("arrays in memory", src), sys.maxsize
-    if src == "":
+    if isinstance(src, str) and not src:
         raise UsageError("no data is named", where="''", why="the name is empty", hint="give a file, a folder or a script")
     if not isinstance(src, str | Path):
         title = type(src).__qualname__

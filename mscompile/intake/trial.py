@@ -74,9 +74,13 @@ class Server:
         """What became of a trial."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline() or b"null") or {"ended": "without an answer"}
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self.process.stdout.readline() or b"null") or {"ended": "without an answer"}
+        except BaseException:  # interrupted: what comes after would take this answer for its own
+            self.stop()
+            raise
         return answer
 
     def stop(self) -> None:
@@ -93,12 +97,13 @@ class Trials:
     wanted: bool = False
     server: Server | None = field(default=None, repr=False)
 
-    def begin(self) -> None:
-        """From now on, try models before they are taken in; the server starts at once."""
+    def begin(self) -> Server:
+        """From now on, try models before they are taken in; the server starts at once, where none is running."""
         self.wanted = True
         if self.server is None or self.server.process.poll() is not None:
             self.server = Server.started()
             atexit.register(self.server.stop)
+        return self.server
 
     def end(self) -> None:
         """Take models in as they are; the server stays for the next time."""
@@ -120,10 +125,11 @@ def attempt(path: Path, size: int) -> None:
     MscompileError
         Whatever a library refuses it for.
     """
-    if not TRIALS.wanted or TRIALS.server is None:
+    if not TRIALS.wanted:
         return
+    server = TRIALS.begin()
     memory, seconds = MEMORY + TIMES * size, SECONDS + size / BYTES_PER_SECOND
-    found = TRIALS.server.ask(
+    found = server.ask(
         path=os.fspath(path.absolute()), memory=memory, seconds=seconds, wall=PATIENCE * seconds, loops=LOOP_SECONDS
     )
     if "error" in found:
