@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import golden
 import numpy as np
+import onnx_ir as ir
 import pytest
 from test_calibration import assert_close, opened
 
@@ -67,6 +68,15 @@ def test_a_footprint_is_what_is_held_at_once() -> None:
     }""")
     sizes = dict.fromkeys("abcde", 10) | {"y": 1}
     assert footprint(model.graph, sizes.__getitem__) == 30  # a, b and c; a, c and e
+
+
+def test_a_size_of_minus_one_is_free() -> None:
+    """As some exporters write it."""
+    model, (known, samples) = golden.model(STRIDED), strided(45)
+    model.graph.inputs[0].shape = ir.Shape([-1, 2, 11, 9])
+    scm = read_scm(model)
+    found, wanted = (held_by(one, one.sites, samples, ALL, 8, closely=True) for one in (scm, known))
+    assert found == wanted
 
 
 def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,8 @@ def _held(scm: Scm, sites: Sequence[Site], samples: Samples, measure: Measure, b
 def _counts(scm: Scm, samples: Samples) -> tuple[int, ...]:
     """Numbers of samples from which sizes of batches follow: that which the model is fixed to, or one and two."""
     inputs = (v for v in scm.model.graph.inputs if not v.is_initializer() and v.name not in samples.shared and v.shape)
-    fixed = next((dim for v in inputs if v.shape and isinstance(dim := v.shape[0], int)), None)
+    # Some exporters write −1 for a size that is free.
+    fixed = next((dim for v in inputs if v.shape and isinstance(dim := v.shape[0], int) and dim > 0), None)
     return (1, 2)[: len(samples)] if fixed is None else (fixed,)
 
 

@@ -34,7 +34,7 @@ class Following:
     def begin(self, inputs: Sequence[ir.Value]) -> None:
         """Samples are on axis 0 of the inputs, where that is free; of all, where it is of none."""
         found = {value: self.shapes.get(value.name or "", ()) for value in inputs if not value.is_initializer()}
-        free = {value for value, shape in found.items() if shape and not isinstance(shape[0], int)}
+        free = {value for value, shape in found.items() if shape and not (isinstance(shape[0], int) and shape[0] >= 0)}
         self.one = not free and next((shape[0] for shape in found.values() if shape), None) == 1
         self.layouts = {value: FIRST for value, shape in found.items() if shape and (value in free or not free)}
 
