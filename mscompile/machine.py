@@ -14,9 +14,11 @@ from typing import Any
 WIDE = 2048
 """Channels from which a matrix is worth several threads: on smaller ones they gain little, and wait for one another, and for
 onnxruntime's, many times as long as the work takes wherever there are fewer free cores than threads."""
+GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may take."""
 QUOTAS = (
-    ("/sys/fs/cgroup/cpu.max",),
-    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    (str(GROUP / "cpu.max"),),
+    (str(GROUP / "cpu/cpu.cfs_quota_us"), str(GROUP / "cpu/cpu.cfs_period_us")),
 )
 """Where Linux says how many microseconds of processor time a container has in how many, by version of its control groups."""
 
@@ -39,6 +41,18 @@ def processor() -> str:
     except OSError:
         return platform.processor() or "cpu"
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def free_memory() -> int:
+    """Bytes that the machine, or the container that this runs in, has to give."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):
+        most, used = (int((GROUP / f"memory.{what}").read_text()) for what in ("max", "current"))
+        known = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        free = min(free, most - used + int(known["inactive_file"]))
+    return max(int(free), 0)
 
 
 @cache

@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_info
 
 import mscompile
 from mscompile import machine
-from mscompile.machine import WIDE, blas_threads, cores
+from mscompile.machine import WIDE, blas_threads, cores, free_memory
 from mscompile.options import Options
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,17 @@ def test_a_container_has_no_more_cores_than_its_quota(
     monkeypatch.setattr(machine, "QUOTAS", (("/nowhere",), paths))
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert cores.__wrapped__() == expected
+
+
+def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "GROUP", tmp_path)
+    without = free_memory()
+    assert without > 1 << 20
+    for name, text in {"max": "max", "current": "700", "stat": "anon 400\ninactive_file 200\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text, encoding="ascii")
+    assert free_memory() > 1 << 20, "no limit"
+    (tmp_path / "memory.max").write_text("1000\n", encoding="ascii")
+    assert free_memory() == 500, "pages of files that are not in use can be had"
 
 
 @pytest.mark.skipif(not threads(), reason="this BLAS cannot be asked for its threads")

@@ -19,10 +19,11 @@ from mscompile.calibration.survey import Survey
 from mscompile.calibration.windows import window_of
 from mscompile.errors import ResourceError
 from mscompile.intake.samples import Samples
+from mscompile.machine import free_memory
 from mscompile.network.scm import Scm, Site
 from mscompile.operators import Shape
 from mscompile.options import USUAL
-from mscompile.runs.limits import free_memory, gigabytes
+from mscompile.runs.limits import gigabytes
 from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Arrays
 

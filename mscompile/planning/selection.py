@@ -84,7 +84,7 @@ class _State:
     share
         α², or 1 where G is not exact.
     hidden
-        [channels, channels]: G ∘ (Σ − α² H), its diagonal at least zero; all zero where G is not exact.
+        [channels, channels]: G ∘ (Σ − α² H), its diagonal at least zero; None where G is not exact.
     together
         [channels]: its sums over the removed.
     """
@@ -92,7 +92,7 @@ class _State:
     inverse: Array
     curvature: Array
     share: float
-    hidden: Array
+    hidden: Array | None
     together: Array
     units: IntArray
     alive: npt.NDArray[np.bool_]
@@ -102,9 +102,8 @@ class _State:
         """Before anything is removed."""
         moments, curvature = statistics.moments[site.tensor], joint_curvature(site, statistics)
         mixed = _within_rows(site, interchanged(moments.covariance, moments.common, swap))
-        share, hidden = 1.0, np.zeros_like(mixed)
-        read = [reader.node.outputs[0].name in statistics.outputs for reader in site.readers]
-        if moments.shared is None and not site.pairings and all(read or [False]):
+        share, hidden = 1.0, None
+        if moments.shared is None and _read_by_outputs(site, statistics):
             share = ((1 - swap) / ((1 - swap) ** 2 + swap**2)) ** 2
             hidden = curvature * (moments.covariance - share * mixed)
             hidden[np.diag_indices_from(hidden)] = np.maximum(np.diagonal(hidden), 0.0)
@@ -113,8 +112,10 @@ class _State:
 
     def costs(self) -> tuple[IntArray, Array]:
         """Units left and the predicted risk added by removing each."""
-        curvature, inverse, hidden = (np.diagonal(m)[self.alive] for m in (self.curvature, self.inverse, self.hidden))
-        added = self.share * curvature / np.maximum(inverse, TINY) + hidden + 2.0 * self.together[self.alive]
+        curvature, inverse = np.diagonal(self.curvature)[self.alive], np.diagonal(self.inverse)[self.alive]
+        added = self.share * curvature / np.maximum(inverse, TINY)
+        if self.hidden is not None:
+            added += np.diagonal(self.hidden)[self.alive] + 2.0 * self.together[self.alive]
         return self.units[self.alive], 0.5 * added
 
     def remove(self, units: IntArray) -> None:
@@ -131,12 +132,14 @@ class _State:
         scipy.linalg.blas.dgemm(1.0, carried, b, 1.0, self.curvature.T, trans_b=True, overwrite_c=True)
         for array in (self.inverse, self.curvature):
             array[r] = array[:, r] = 0.0
-        self.together += self.hidden[r].sum(axis=0)
+        if self.hidden is not None:
+            self.together += self.hidden[r].sum(axis=0)
         self.alive[r] = False
         if 2 * self.alive.sum() < len(self.alive):
             left = np.flatnonzero(self.alive)
             both = np.ix_(left, left)
-            self.inverse, self.curvature, self.hidden = self.inverse[both], self.curvature[both], self.hidden[both]
+            self.inverse, self.curvature = self.inverse[both], self.curvature[both]
+            self.hidden = None if self.hidden is None else self.hidden[both]
             self.together, self.units, self.alive = self.together[left], self.units[left], self.alive[left]
 
 
@@ -222,6 +225,12 @@ def _steps(sites: Sequence[Site], statistics: Statistics, swap: float) -> tuple[
     # One unit stays always, and some must: losing them is out of the question.
     steps.append(np.full(len(left), np.inf))
     return [*order, left], steps, lossless
+
+
+def _read_by_outputs(site: Site, statistics: Statistics) -> bool:
+    """Whether all that is read of a site goes into the outputs that are scored, and nowhere else first."""
+    read = [reader.node.outputs[0].name in statistics.outputs for reader in site.readers]
+    return bool(read) and all(read) and not site.pairings
 
 
 def _within_rows(site: Site, covariance: Array) -> Array:

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -165,20 +164,6 @@ def _resident() -> int:
             used = process.memory_info()
             total += used.rss - getattr(used, "shared", 0)
     return total
-
-
-GROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what a container may take."""
-
-
-def free_memory() -> int:
-    """Bytes that the machine, or the container that this runs in, has to give."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        most, used = (int((GROUP / f"memory.{what}").read_text()) for what in ("max", "current"))
-        known = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
-        free = min(free, most - used + int(known["inactive_file"]))
-    return max(int(free), 0)
 
 
 def gigabytes(size: float) -> str:
