@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from mscompile.calibration.survey import survey
 from mscompile.errors import DataError, ResourceError, UsageError
 from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm
+from mscompile.runs import limits
 from mscompile.runs.limits import finishing
 from mscompile.runs.locks import HELD, acquire, claimed
 from mscompile.runs.parcel import Parcel
@@ -343,3 +346,23 @@ def test_what_is_being_written_is_finished_before_a_signal_counts():
     assert written
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # as it was
+
+
+def test_no_signal_comes_after_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that did would find the handler gone, and end the process."""
+    looking, late = threading.Event(), []
+
+    def slow() -> int:
+        looking.set()
+        time.sleep(0.2)
+        return 2
+
+    monkeypatch.setattr(limits, "_resident", slow)
+    before = signal.signal(signal.SIGALRM, lambda *_: late.append(True))
+    try:
+        with limits.Limits(memory=1):
+            looking.wait()
+        time.sleep(0.4)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not late

@@ -89,6 +89,7 @@ class Limits:
         self.seconds, self.memory = seconds, memory
         self.exceeded: ResourceError | None = None
         self._end = threading.Event()
+        self._watcher: threading.Thread | None = None
         self._signal: bool = False
         self._previous: Any = None
 
@@ -96,11 +97,14 @@ class Limits:
         if self.seconds is not None or self.memory is not None:
             if threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill"):
                 self._previous, self._signal = signal.signal(signal.SIGALRM, self._raise), True
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
+        if self._watcher is not None:
+            self._watcher.join()  # a signal that it sends after the handler is gone would end the process
         if self._signal:
             signal.signal(signal.SIGALRM, self._previous)
 
