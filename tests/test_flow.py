@@ -294,7 +294,7 @@ def test_a_head_that_nothing_reads_goes_with_all_that_makes_it(case: str):
     dense = model(ATTENTIONS[case][0], opset=21)
     scm = read_scm(dense)
     read = {unit for site in scm.sites if site.readers for unit in site.units.tolist()}
-    heads = {head: units for head, units in scm.heads().items() if units & read}
+    heads = {head: units for head, units in scm.heads.items() if units & read}
     if case in STAYING:
         assert not heads
         return

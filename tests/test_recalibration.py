@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -16,16 +17,18 @@ from mscompile.clock import Clock
 from mscompile.intake.data import read
 from mscompile.models import path as shipped
 from mscompile.network.dense import open_dense
+from mscompile.planning.plan import SitePlan
 from mscompile.planning.preparation import eliminate, split, what_to_measure
 from mscompile.planning.recalibration import recalibrate
 from mscompile.planning.refits import Sums, Target
-from mscompile.planning.scores import score
+from mscompile.planning.scores import measured_risk, score
 from mscompile.planning.staged import StagedPass
 from mscompile.rewrite import rewrite
 from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import NOWHERE, Stage
 from mscompile.runtime import Session, no_progress
 from mscompile.search.candidates import Workshop
+from mscompile.search.probe import Probe
 from mscompile.search.sweep import Sweep
 from mscompile.verification.interchange import disjoint_pairs
 from mscompile.verification.verify import fold_error, make_pair
@@ -213,6 +216,12 @@ def test_going_on_gives_the_same_bytes(digits: Workshop, done: int, monkeypatch:
 # --- the sweep --------------------------------------------------------------------------------------------------------
 
 
+def tuned(digits: Workshop, plans: Sequence[SitePlan]) -> np.ndarray:
+    """Output on the held part of a candidate that is not compiled."""
+    passing = StagedPass(digits.tunable.graph, digits.parts["choose"], 64)
+    return passing.outputs([digits.source.output], digits.tunable.weights(plans))[digits.source.output]
+
+
 @pytest.mark.parametrize("share", [0.3, 0.75])
 @pytest.mark.parametrize("law", ["one-site", "all-sites"])
 def test_a_candidate_does_what_its_file_does(digits: Workshop, share: float, law: Any) -> None:
@@ -221,7 +230,7 @@ def test_a_candidate_does_what_its_file_does(digits: Workshop, share: float, law
     candidate = digits.make(counts, recalibrated=False)
     assert candidate.interchange is not None
     name = digits.source.output
-    found = sweep.outputs(held, [name], digits.plans(counts))[name]
+    found = tuned(digits, digits.plans(counts))
     wanted = Session(candidate.compiled.model, optimise=False).run_all(held.batches(64))[name]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=SAME * wanted.std())
     point = sweep.measure(digits.plans(counts), held, law=law, swap=0.1, seed=0)
@@ -233,8 +242,22 @@ def test_a_candidate_does_what_its_file_does(digits: Workshop, share: float, law
 
 
 def test_a_candidate_of_nothing_is_the_dense_model(digits: Workshop) -> None:
-    held, name = digits.parts["choose"], digits.source.output
-    sweep = Sweep(digits.source, held, batch_size=64)
-    np.testing.assert_allclose(
-        sweep.outputs(held, [name], ())[name], sweep.outputs(held, [name])[name], rtol=0, atol=SAME * 10
-    )
+    held = digits.parts["choose"]
+    wanted = Session(digits.source.model).run_all(held.batches(64))[digits.source.output]
+    np.testing.assert_allclose(tuned(digits, ()), wanted, rtol=0, atol=SAME * 10)
+
+
+def test_risks_of_groups_are_those_of_whole_passes_wherever_the_graph_is_entered(
+    digits: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mscompile.search.probe.FEWEST_PROBES", len(digits.held))
+    probe, name, found = Probe(digits), digits.source.output, {}
+    for group in probe.places:
+        half = len(digits.eliminations[group].order) // 2
+        found = probe.risks(group, np.array([half]))
+        plans = digits.plans({group: half})
+        dense, changed = ({name: tuned(digits, entry)[: len(digits.held)]} for entry in ((), plans))
+        risk = measured_risk(plans[0].basis, dense, changed, digits.outputs) / len(digits.held)
+        assert found == {half: pytest.approx(risk, rel=CLOSE)}
+    assert len(probe.places) > 1
+    assert Probe(digits).risks(group, np.array([half])) == found, "the others were kept: to the bit"

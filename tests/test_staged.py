@@ -77,9 +77,9 @@ def test_every_place_is_as_in_one_pass_and_nothing_is_computed_twice(
     graph, run = network(), Counter()
     make = StagedPass._session
 
-    def counting(self, numbers, names, weights):
+    def counting(self, numbers, *rest):
         run.update(self._nodes[i].output[0] for i in numbers)
-        return make(self, numbers, names, weights)
+        return make(self, numbers, *rest)
 
     monkeypatch.setattr(StagedPass, "_session", counting)
     expected = whole(graph, (*places, "y"), data)
@@ -104,6 +104,34 @@ def test_weights_ahead_may_change_and_those_behind_do_not_count(data: Samples) -
     np.testing.assert_allclose(found["y"], expected, rtol=CLOSE, atol=CLOSE)
     np.testing.assert_allclose(found["w"], old["w"], rtol=CLOSE, atol=CLOSE)
     assert np.abs(found["y"] - old["y"]).max() > 0.1
+
+
+def test_weights_that_are_inputs_take_one_session(data: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, rng, opened = network(), np.random.default_rng(2), []
+    make = StagedPass._session
+    monkeypatch.setattr(StagedPass, "_session", lambda self, *rest: opened.append(rest) or make(self, *rest))
+    text = onnx.parser.parse_model(GRAPH)
+    left = {name: array for name, array in graph.weights.items() if name != "c"}
+    stages = StagedPass(weightless(text).with_weights(left), data, 4)
+    assert stages.follows("t", {})
+    assert not stages.follows("y", {})
+    assert stages.follows("y", {"c": graph.weights["c"]})
+    for _ in stages.advance(["t"], {}):
+        pass
+    opened.clear()
+    for _ in range(3):
+        other = {"c": rng.standard_normal(SHAPES["c"]).astype(np.float32)}
+        expected = whole(graph.with_graph(graph.proto, other), ("y",), data)["y"]
+        np.testing.assert_allclose(stages.outputs(["y"], other)["y"], expected, rtol=CLOSE, atol=CLOSE)
+        ahead = stages.ahead(["y"], {})
+        found = np.concatenate([ahead.run(number, other)["y"] for number in range(3)])
+        np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=CLOSE)
+    assert len(opened) == 1
+    for _ in range(2):
+        other = {"b": rng.standard_normal(SHAPES["b"]).astype(np.float32)}
+        expected = whole(graph.with_graph(graph.proto, other), ("g",), data)["g"]
+        np.testing.assert_allclose(stages.outputs(["g"], other)["g"], expected, rtol=CLOSE, atol=CLOSE)
+    assert len(opened) == 3, "one that is no input is laid out in its session"
 
 
 def test_what_is_no_array_is_not_held(data: Samples) -> None:

@@ -7,7 +7,7 @@ width is known from the order in which they go.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -23,6 +23,8 @@ from mscompile.planning.selection import retained_units, without_carriers
 
 Counts = Mapping[int, int]
 """Channels left, by group."""
+Term = tuple[object, frozenset[int], Callable[[Counts], float]]
+"""A part of the whole cost: its name, the groups that it depends on, and what it costs."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Costs:
     _groups: dict[tuple[str, int], int | None] = field(default_factory=dict, repr=False)
     _widths: dict[tuple[str, int, int], int] = field(default_factory=dict, repr=False)
     _dead: dict[tuple[int, int], IntArray] = field(default_factory=dict, repr=False)
-    _terms: dict[tuple[object, tuple[tuple[int, int], ...]], float] = field(default_factory=dict, repr=False)
+    _on: dict[ir.Node, frozenset[int]] = field(default_factory=dict, repr=False)
+    _costs: dict[tuple[object, tuple[tuple[int, int], ...]], float] = field(default_factory=dict, repr=False)
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -73,11 +76,18 @@ class Costs:
         return tuple(node for node, row in rows if row is not None and row.macs is not None)
 
     @cached_property
-    def _weights(self) -> tuple[tuple[str, tuple[int, ...], frozenset[int]], ...]:
-        """Name, shape and groups of every floating-point parameter."""
+    def _parameters(self) -> Mapping[int | None, list[Term]]:
+        """Elements of every floating-point parameter."""
         tensors = ((value.name or "", value.const_value) for value in parameters(self.scm.model))
         shapes = [(name, t.shape.numpy()) for name, t in tensors if t is not None and t.dtype in FLOATS]
-        return tuple((name, tuple(map(int, shape)), self._groups_on(name)) for name, shape in shapes)
+        return _by_group(
+            (name, self._groups_on(name), partial(self._elements, name, tuple(map(int, shape)))) for name, shape in shapes
+        )
+
+    @cached_property
+    def _products(self) -> Mapping[int | None, list[Term]]:
+        """Multiply–accumulates of every node."""
+        return _by_group((i, self.groups_of(node), partial(self._work, node)) for i, node in enumerate(self.nodes))
 
     def _groups_on(self, name: str) -> frozenset[int]:
         """Groups whose units stand on any axis of a parameter, at any of its uses."""
@@ -191,32 +201,29 @@ class Costs:
 
     def groups_of(self, node: ir.Node) -> frozenset[int]:
         """Groups that the costs of a node depend on."""
-        values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name]
-        axes = (self.group(v.name or "", a) for v in values for a in range(len(self.shapes.get(v.name or "", ()))))
-        return frozenset(group for group in axes if group is not None)
+        if node not in self._on:
+            values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name]
+            axes = (self.group(v.name or "", a) for v in values for a in range(len(self.shapes.get(v.name or "", ()))))
+            self._on[node] = frozenset(group for group in axes if group is not None)
+        return self._on[node]
 
     def params(self, counts: Counts, group: int | None = None) -> float:
         """Elements of floating-point parameters; with `group`, of those alone whose number depends on it."""
-        return sum(
-            self._term(name, groups, counts, partial(self._elements, name, shape))
-            for name, shape, groups in self._weights
-            if group is None or group in groups
-        )
+        return self._sum(self._parameters.get(group, ()), counts)
 
     def macs(self, counts: Counts, group: int | None = None) -> float:
         """Multiply–accumulates for `inputs`, of nodes whose shapes are known; `group` as for `params`."""
-        return sum(
-            self._term(number, groups, counts, partial(self._work, node))
-            for number, (node, groups) in enumerate(self._work_of)
-            if group is None or group in groups
-        )
+        return self._sum(self._products.get(group, ()), counts)
 
-    def _term(self, key: object, groups: frozenset[int], counts: Counts, cost: Callable[[Counts], float]) -> float:
-        """A cost that depends on the widths of a few groups, remembered by these."""
-        own = tuple((group, counts[group]) for group in groups if group in counts)
-        if (key, own) not in self._terms:
-            self._terms[key, own] = cost(counts)
-        return self._terms[key, own]
+    def _sum(self, terms: Iterable[Term], counts: Counts) -> float:
+        """Costs that depend on the widths of a few groups each, remembered by these."""
+        total = 0.0
+        for name, groups, cost in terms:
+            key = name, tuple((group, counts[group]) for group in groups if group in counts)
+            if key not in self._costs:
+                self._costs[key] = cost(counts)
+            total += self._costs[key]
+        return total
 
     def _elements(self, name: str, shape: tuple[int, ...], counts: Counts) -> float:
         """Elements of a parameter, and of the copies it falls into where its uses are cut in several ways."""
@@ -244,6 +251,11 @@ class Costs:
         known = all(shape is not None and all(isinstance(d, int) for d in shape) for shape in involved)
         return float(row.macs(view)) if known else 0.0  # type: ignore[union-attr, misc]
 
-    @cached_property
-    def _work_of(self) -> tuple[tuple[ir.Node, frozenset[int]], ...]:
-        return tuple((node, self.groups_of(node)) for node in self.nodes)
+
+def _by_group(terms: Iterable[Term]) -> dict[int | None, list[Term]]:
+    """Those that depend on each group; under None all."""
+    found: dict[int | None, list[Term]] = {None: [*terms]}
+    for term in found[None]:
+        for group in term[1]:
+            found.setdefault(group, []).append(term)
+    return found

@@ -50,7 +50,7 @@ def inspect_scm(scm: Scm, cut: frozenset[str] = frozenset()) -> Inspection:
     for site in scm.sites:
         found = "cut" if site.tensor in cut else "left alone" if left_alone[site.tensor] is not None else "whole"
         status.update(dict.fromkeys(site.units.tolist(), found))
-    for head, units in scm.heads().items():
+    for head, units in scm.heads.items():
         if any(status.get(unit, "left alone") != "left alone" for unit in units):
             status.setdefault(head, "whole")
     return Inspection(scm, left_alone, tuple(_coverage(scm, status, left_alone)))

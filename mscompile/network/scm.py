@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -98,15 +99,14 @@ class Scm:
         """
         if axes is None:
             axes = [units for labels in self.labels.values() for units in labels.values()]
-        all_heads = {head for block in self.blocks for head in block.heads.tolist()}
-        every = {unit for block in self.blocks for unit in block.units.ravel().tolist()} | all_heads
         dead = {*dead}
         while True:
-            gone = dead - all_heads  # these go with all that they hold
-            if dead & every:
+            gone = dead - self._all_heads  # these go with all that they hold
+            if dead & self._in_blocks:
                 heads = self._heads_gone(dead)
                 gone = gone.union(*heads.values())
-                gone -= {*even(np.array(sorted(every - gone), dtype=np.int64), self.blocks, (), heads.keys()).tolist()}
+                left = np.array(sorted(self._in_blocks - gone), dtype=np.int64)
+                gone -= {*even(left, self.blocks, (), heads.keys()).tolist()}
                 gone |= heads.keys()
             kept = {int(units.flat[0]) for units in axes if gone.issuperset(units.ravel().tolist())}
             if not kept & dead:  # else what stays may bring others back
@@ -115,9 +115,10 @@ class Scm:
 
     def _heads_gone(self, dead: Set[int]) -> dict[int, set[int]]:
         """Heads that go with `dead` units, and all units they hold: nothing is read of them, and nothing else needs them."""
-        read = {unit for site in self.sites if site.readers for unit in site.units.tolist()}
-        return {h: u for h, u in self.heads().items() if u & read and u & read <= dead}
+        met = ((head, units, units & self._read) for head, units in self.heads.items() if not dead.isdisjoint(units))
+        return {head: units for head, units, read in met if read and read <= dead}
 
+    @cached_property
     def heads(self) -> dict[int, set[int]]:
         """Heads that may go, and all units they hold, themselves among them where they are units."""
         rows: dict[int, set[int]] = {}
@@ -126,6 +127,19 @@ class Scm:
                 if head >= 0:
                     rows.setdefault(head, {head}).update(units)
         return {head: units for head, units in rows.items() if not units & self.frozen.keys()}
+
+    @cached_property
+    def _all_heads(self) -> frozenset[int]:
+        return frozenset(head for block in self.blocks for head in block.heads.tolist())
+
+    @cached_property
+    def _in_blocks(self) -> frozenset[int]:
+        return self._all_heads.union(*(row for block in self.blocks for row in block.rows))
+
+    @cached_property
+    def _read(self) -> frozenset[int]:
+        """Units that anything reads."""
+        return frozenset(unit for site in self.sites if site.readers for unit in site.units.tolist())
 
     def creators_of(self, units: IntArray) -> tuple[Creator, ...]:
         """Creators that share a unit with `units`."""

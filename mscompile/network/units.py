@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -109,8 +110,17 @@ class Block:
     heads: IntArray
     multiple: int = 1
 
+    @cached_property
+    def rows(self) -> tuple[Counter[int], ...]:
+        """Units of each row, and how often they stand there."""
+        return tuple(Counter(row) for row in self.units.tolist())
 
-def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Collection[int] = ()) -> IntArray:
+    def inside(self, members: Set[int]) -> bool:
+        """Whether all units are among `members`."""
+        return all(row.keys() <= members for row in self.rows)
+
+
+def even(kept: IntArray, blocks: Sequence[Block], order: Iterable[int], gone: Collection[int] = ()) -> IntArray:
     """The least set of units that holds `kept` and leaves as many in every row of each block.
 
     Parameters
@@ -122,12 +132,11 @@ def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Co
     """
     chosen = set(kept.tolist())
     rank = {unit: place for place, unit in enumerate(order)}
-    counts = [[Counter(row) for row in block.units.tolist()] for block in blocks]  # a unit may stand at several places
     changed = True
     while changed:
         changed = False
-        for block, counted in zip(blocks, counts, strict=True):
-            rows = [row for row, head in zip(counted, block.heads.tolist(), strict=True) if head not in gone]
+        for block in blocks:
+            rows = [row for row, head in zip(block.rows, block.heads.tolist(), strict=True) if head not in gone]
             most = max([1, *(_left(row, chosen) for row in rows)])
             most += -most % block.multiple
             for row in rows:
@@ -140,8 +149,8 @@ def even(kept: IntArray, blocks: Sequence[Block], order: Sequence[int], gone: Co
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def _left(row: Mapping[int, int], chosen: Set[int]) -> int:
-    return sum(times for unit, times in row.items() if unit in chosen)
+def _left(row: Counter[int], chosen: Set[int]) -> int:
+    return sum(map(row.__getitem__, row.keys() & chosen))
 
 
 def components(arrays: Iterable[IntArray], count: int) -> IntArray:

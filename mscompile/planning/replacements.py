@@ -84,7 +84,7 @@ def fit_affine(moments: Moments, kept: IntArray, replaced: IntArray, swap: float
 
 @dataclass(frozen=True)
 class Factor:
-    """What `fit_affine` inverts, factored along an order, so that fits on its last channels cost no factoring of their own.
+    """What `fit_affine` inverts, factored along an order: fits on the last channels of it are half a solution away.
 
     The bracket of retained channels is a leading block of the whole one, those that go last first, and so is its factor.
 
@@ -93,28 +93,34 @@ class Factor:
     order
         Channels, last to go first.
     lower
-        Cholesky factor in that order.
+        Cholesky factor L in that order.
+    half
+        L⁻¹ times the cross-covariance ``(1−p) V + X`` of `fit_affine`, both axes in that order.
     """
 
     moments: Moments
     swap: float
     order: IntArray
     lower: Array
+    half: Array
 
     @classmethod
     def make(cls, moments: Moments, swap: float, order: IntArray) -> Factor | None:
         """None where the bracket is not positive definite to rounding."""
-        bracket = interchanged(moments.covariance, moments.common, swap)[np.ix_(order, order)]
+        sigma, common, places = moments.covariance, moments.common, np.ix_(order, order)
+        bracket = interchanged(sigma, common, swap)[places]
         stabilise(bracket)
+        cross = ((1 - swap) * sigma + swap * common)[places]
         try:
             with blas_threads(len(bracket)):
-                return cls(moments, swap, order, scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True))
+                lower = scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True)
+                return cls(moments, swap, order, lower, scipy.linalg.solve_triangular(lower, cross, lower=True))
         except scipy.linalg.LinAlgError:
             return None
 
     def on(self, shelf: Shelf) -> Factor:
-        """The same with its matrix on a shelf."""
-        return replace(self, lower=shelf.put(self.lower))
+        """The same with its matrices on a shelf."""
+        return replace(self, lower=shelf.put(self.lower), half=shelf.put(self.half))
 
     def fits(self, kept: IntArray, swap: float) -> bool:
         """Whether the retained channels are the last ones, and the swap probability is that of the factor."""
@@ -122,11 +128,10 @@ class Factor:
 
     def fit(self, kept: IntArray, replaced: IntArray) -> Fit:
         """As `fit_affine`, up to the floor of the ridge."""
-        first, moments, swap = self.order[: len(kept)], self.moments, self.swap
-        cross = (1 - swap) * moments.covariance[np.ix_(first, replaced)] + swap * moments.common[np.ix_(first, replaced)]
-        matrix = np.empty((len(kept), len(replaced)))
-        matrix[np.argsort(np.argsort(first))] = scipy.linalg.cho_solve((self.lower[: len(kept), : len(kept)], True), cross)
-        return Fit(moments.mean[replaced] - moments.mean[kept] @ matrix, matrix.T)
+        k = len(kept)
+        matrix = scipy.linalg.solve_triangular(self.lower[:k, :k], self.half[:k, k:], lower=True, trans="T")
+        matrix = matrix[np.ix_(np.argsort(self.order[:k]), np.argsort(self.order[k:]))]
+        return Fit(self.moments.mean[replaced] - self.moments.mean[kept] @ matrix, matrix.T)
 
 
 def fit_by_row(

@@ -27,7 +27,7 @@ counts where it is positive, beyond p = ½: below, it speaks for units of large 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -262,12 +262,11 @@ def retained_units(
     sites
         Each keeps at least one unit.
     """
-    own = [block for block in blocks if np.isin(block.units, order).all()]
-    each = [Block(site.units[None], np.array([-1])) for site in sites]
-    stay = order[np.isin(order, list(frozen))]
-    if not own:
-        return even(np.union1d(stay, order[len(order) - count :]), each, order.tolist())
     place = {unit: i for i, unit in enumerate(order.tolist())}
+    own = [block for block in blocks if block.inside(place.keys())]
+    stay = np.array([unit for unit in place if unit in frozen], dtype=np.int64)
+    if not own:
+        return _with_each(sites, np.union1d(stay, order[len(order) - count :]), [], place, ())
     shared, rest = [stay], order
     for block in _apart(own):
         rows = [sorted(set(row), key=lambda unit: place[unit]) for row in block.units.tolist()]
@@ -276,8 +275,16 @@ def retained_units(
         rest = rest[~np.isin(rest, block.units)]
     kept = np.unique(np.concatenate(shared))
     kept = np.union1d(kept, rest[len(rest) - min(max(0, count - len(kept)), len(rest)) :])
-    gone = empty_heads(own, kept, frozen)
-    return even(kept, own + each, order.tolist(), gone)
+    return _with_each(sites, kept, own, place, empty_heads(own, kept, frozen))
+
+
+def _with_each(
+    sites: Sequence[Site], kept: IntArray, blocks: Sequence[Block], order: Iterable[int], gone: Collection[int]
+) -> IntArray:
+    """As `even`; and of each site at least one unit."""
+    stays = {*kept.tolist()}
+    bare = [Block(site.units[None], np.array([-1])) for site in sites if stays.isdisjoint(site.units.tolist())]
+    return even(kept, [*blocks, *bare], order, gone)
 
 
 def without_carriers(left: IntArray, order: IntArray, blocks: Sequence[Block], sites: Sequence[Site]) -> IntArray:
@@ -286,10 +293,12 @@ def without_carriers(left: IntArray, order: IntArray, blocks: Sequence[Block], s
     One makes way for each carrier, the first that may go: of all the units of a reader that pads, or of each of its groups;
     where rows must stay equally large, one of every row.
     """
-    fixed = np.concatenate([site.units[~site.free] for site in sites])
-    going = [unit for unit in order[np.isin(order, left)].tolist() if unit not in {*fixed.tolist()}]
     padding = [reader for site in sites for reader in site.readers if reader.border]
-    own = [block for block in blocks if np.isin(block.units, order).all()] if padding else []
+    if not padding:
+        return left
+    fixed, members = np.concatenate([site.units[~site.free] for site in sites]), {*order.tolist()}
+    going = order[np.isin(order, left) & ~np.isin(order, fixed)].tolist()
+    own = [block for block in blocks if block.inside(members)]
     met = {unit for site in sites if site.border for unit in site.units.tolist()}
     rows = [set(row) for block in _apart(own) if met & {*block.units.ravel().tolist()} for row in block.units.tolist()]
     rows += [set(part.tolist()) for reader in padding for part in reader.units.reshape(reader.groups, -1)]
@@ -311,13 +320,15 @@ def _apart(blocks: Sequence[Block]) -> Iterator[Block]:
 
 def empty_heads(blocks: Sequence[Block], kept: IntArray, frozen: Collection[int]) -> set[int]:
     """Heads that may go and hold no unit of `kept`."""
-    full = {h for b in blocks for h, row in zip(b.heads.tolist(), b.units, strict=True) if np.isin(row, kept).any()}
+    left = {*kept.tolist()}
+    full = {h for b in blocks for h, row in zip(b.heads.tolist(), b.rows, strict=True) if not left.isdisjoint(row)}
     return {h for b in blocks for h in b.heads.tolist()} - full - {-1, *frozen}
 
 
 def retained_heads(order: IntArray, count: int, blocks: Sequence[Block], frozen: Collection[int]) -> IntArray | None:
     """As many units, or a few more, in whole heads: those that go last on average. None where no heads can go."""
-    own = [block for block in blocks if np.isin(block.units, order).all() and (block.heads >= 0).all()]
+    members = {*order.tolist()}
+    own = [block for block in blocks if (block.heads >= 0).all() and block.inside(members)]
     if not own or not np.isin(order, own[0].units).all() or set(own[0].heads.tolist()) & set(frozen):
         return None
     place = np.empty(int(order.max()) + 1)

@@ -7,6 +7,7 @@ as one pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -20,10 +21,27 @@ NO_ARRAYS = ("Sequence", "Optional")
 """What operators are called that give or take something else than arrays, which cannot be held: such graphs run in one."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What lies between the place that a pass has reached and some tensors, opened to be run."""
+
+    names: Sequence[str]
+    _session: Session | None
+    _held: Sequence[Arrays]
+    _weights: Weights
+
+    def run(self, number: int, given: Arrays | None = None) -> Arrays:
+        """The tensors for one batch; `given` are the graph's inputs that neither samples nor weights hold."""
+        batch = {**self._held[number], **self._weights, **(given or {})}
+        found = {} if self._session is None else self._session.run({name: batch[name] for name in self._session.inputs})
+        return {name: found[name] if name in found else batch[name] for name in self.names}
+
+
 class StagedPass:
     """Samples on their way through a graph.
 
-    Weights may be others from stage to stage, as long as those before the places reached stay.
+    Weights may be others from stage to stage, as long as those before the places reached stay. Where they are inputs of the
+    graph, what lies ahead is opened once for all of them.
 
     Parameters
     ----------
@@ -38,35 +56,43 @@ class StagedPass:
         self._maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}
         self._held: list[Arrays] = [dict(batch) for batch in samples.batches(batch_size)]
         self._inputs = {value.name: value for value in graph.proto.graph.input}
+        self._given = self._inputs.keys() - self._held[0].keys() - {tensor.name for tensor in graph.proto.graph.initializer}
         self._varying = self._behind_inputs()
         self._done: set[int] = set()
+        self._sessions: dict[tuple[str, ...], Session] = {}
         self._arrays = not any(word in node.op_type for node in nodes for word in NO_ARRAYS)
 
     def advance(self, names: Sequence[str], weights: Weights) -> Iterator[Arrays]:
         """The named tensors, batch by batch. To be taken to the end."""
         needed = self._needed(names)
         done = self._done | (needed & self._varying if self._arrays else set())
-        ahead = {name for i in self._varying - done for name in self._reads[i]}
-        ahead |= {value.name for value in self._graph.proto.graph.output}
-        made = {name for i in needed & done for name in self._nodes[i].output if name in ahead}
-        session = self._session(needed, sorted(made | {*names} - self._held[0].keys()), weights)
-        shelf = None
+        later = {name for i in self._varying - done for name in self._reads[i]}
+        later |= {value.name for value in self._graph.proto.graph.output}
+        made = {name for i in needed & done for name in self._nodes[i].output if name in later}
+        stage, shelf = self._open(needed, sorted(made | {*names}), weights), None
         for number, batch in enumerate(self._held):
-            found = {} if session is None else session.run({name: batch[name] for name in session.inputs})
+            found = stage.run(number)
             if shelf is None:
                 shelf = self._work.shelf(len(self._held) * sum(found[name].nbytes for name in made))
-            left = {name: array for name, array in batch.items() if name in ahead}
+            left = {name: array for name, array in batch.items() if name in later}
             self._held[number] = left | {name: shelf.put(found[name]) for name in made}
-            yield {name: found[name] if name in found else batch[name] for name in names}
+            yield {name: found[name] for name in names}
         self._done = done
+        self._sessions.clear()
+
+    def follows(self, name: str, weights: Weights) -> bool:
+        """Whether a tensor takes no inputs but the samples and weights."""
+        given = self._given - weights.keys()
+        return given.isdisjoint(name for i in self._needed([name]) for name in self._reads[i])
+
+    def ahead(self, names: Sequence[str], weights: Weights) -> Ahead:
+        """What leads from the place reached to the named tensors."""
+        return self._open(self._needed(names), names, weights)
 
     def outputs(self, names: Sequence[str], weights: Weights) -> Arrays:
         """Outputs of the graph for all samples, from the place reached."""
-        session = self._session(self._needed(names), [name for name in names if name not in self._held[0]], weights)
-        found = []
-        for batch in self._held:
-            given = {} if session is None else session.run({name: batch[name] for name in session.inputs})
-            found.append({name: given[name] if name in given else batch[name] for name in names})
+        ahead = self.ahead(names, weights)
+        found = [ahead.run(number) for number in range(len(self._held))]
         return {name: np.concatenate([part[name] for part in found]) for name in names}
 
     def _behind_inputs(self) -> set[int]:
@@ -89,28 +115,33 @@ class StagedPass:
                 ahead += [name for name in self._reads[maker] if name not in self._held[0]]
         return found
 
-    def _session(self, numbers: set[int], names: Sequence[str], weights: Weights) -> Session | None:
-        """These nodes as a graph of their own; None where there are none."""
-        if not names:
-            return None
-        whole = self._graph.proto
-        nodes = [self._nodes[i] for i in sorted(numbers)]
-        made = {name for node in nodes for name in node.output}
-        read = {name for i in numbers for name in self._reads[i]} - made
-        part = onnx.ModelProto()
+    def _open(self, numbers: set[int], names: Sequence[str], weights: Weights) -> Ahead:
+        """These nodes as a graph of their own, whose session serves other weights as well where all of them are inputs."""
+        wanted = tuple(name for name in names if name not in self._held[0])
+        read = {name for i in numbers for name in self._reads[i]}
+        serves = read.isdisjoint(weights.keys() - self._given)
+        session = self._sessions.get(wanted) if serves else None
+        if wanted and session is None:
+            session = self._session(numbers, read, wanted, weights)
+            if serves:
+                self._sessions[wanted] = session
+        return Ahead(names, session, self._held, weights)
+
+    def _session(self, numbers: set[int], read: set[str], names: Iterable[str], weights: Weights) -> Session:
+        whole, held, part = self._graph.proto, self._held[0], onnx.ModelProto()
         part.CopyFrom(
             onnx.ModelProto(ir_version=whole.ir_version, opset_import=whole.opset_import, functions=whole.functions)
         )
         part.graph.name = whole.graph.name
-        part.graph.node.extend(nodes)
+        part.graph.node.extend(self._nodes[i] for i in sorted(numbers))
         part.graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in read)
         part.graph.sparse_initializer.extend(t for t in whole.graph.sparse_initializer if t.values.name in read)
-        for name in sorted(read & self._held[0].keys()):
-            array = self._held[0][name]
-            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            part.graph.input.append(
-                self._inputs.get(name) or onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
-            )
+        for name in sorted(read & (self._inputs.keys() | held.keys())):
+            if name not in self._inputs:
+                kind = onnx.helper.np_dtype_to_tensor_dtype(held[name].dtype)
+                part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * held[name].ndim))
+            else:
+                part.graph.input.append(self._inputs[name])
         part.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
         return Session(self._graph.with_graph(part, weights), spin=False)
 

@@ -29,7 +29,7 @@ class Tunable:
     Attributes
     ----------
     graph
-        With the dense model's weights, under the names that `weights` gives.
+        With weights under the names that `weights` gives: of convolutions the dense model's, of products as inputs.
     """
 
     def __init__(self, source: DenseModel) -> None:
@@ -44,7 +44,8 @@ class Tunable:
             window_name(reader) for site in source.sites for reader in site.readers if view_of(site, reader) is not None
         ]
         # Weights that are no inputs let onnxruntime lay convolutions out for speed, worth far more than a session costs.
-        self.graph = tunable(skeleton_of(source.model), names, mixed).with_weights(self._whole)
+        laid_out = {name: array for name, array in self._whole.items() if array.ndim > 2}
+        self.graph = tunable(skeleton_of(source.model), names, mixed).with_weights(laid_out)
 
     def weights(self, plans: Iterable[SitePlan]) -> Arrays:
         """Weights by name in the graph; sites without a plan are as in the dense model."""
@@ -98,18 +99,17 @@ def _weights(site: Site, reader: Reader, plan: SitePlan | None) -> Arrays:
             return {WEIGHT + name: dense, SHIFT + name: np.zeros_like(dense[:, :1])}
         return {WEIGHT + name: dense, SHIFT + name: np.zeros(dense.shape[1 - reader.axis], dense.dtype)}
     if not window.kernel and all(given.reader != name for given in plan.windows):
-        # As below, without leaving the precision of the weight.
-        matrix = np.array(np.moveaxis(dense, reader.axis, 0))
-        places = np.argsort(reader.index, kind="stable").reshape(site.size, window.taps)
-        lost = matrix[places[plan.replaced]]
-        matrix[places[plan.replaced]] = 0.0
+        # As below, without leaving the precision of the weight, nor the order that it lies in.
+        places, axis = np.argsort(reader.index, kind="stable").reshape(site.size, window.taps), reader.axis
+        left, lost = (np.take(dense, places[channels], axis) for channels in (plan.kept, plan.replaced))
         if plan.affine is not None:
-            matrix[places[plan.kept]] += np.tensordot(plan.affine.T, lost, 1).astype(dense.dtype)
-        shift = linear.gain * np.tensordot(plan.constants, lost, 1).sum(axis=0)
-        return {
-            WEIGHT + name: np.ascontiguousarray(np.moveaxis(matrix, 0, reader.axis)),
-            SHIFT + name: shift.astype(dense.dtype),
-        }
+            affine = plan.affine.astype(dense.dtype)
+            left += np.moveaxis(np.tensordot(lost, affine, (1, 0)), -1, 1) if axis else np.tensordot(affine.T, lost, 1)
+        shift = linear.gain * np.tensordot(plan.constants, lost, (0, axis)).sum(axis=axis)
+        flat = [*dense.shape[:axis], -1, *dense.shape[axis + 1 :]]
+        back = np.argsort(np.concatenate([places[plan.kept], places[plan.replaced]]).ravel())
+        weight = np.take(np.concatenate([left, np.zeros_like(lost)], axis).reshape(flat), back, axis)
+        return {WEIGHT + name: weight, SHIFT + name: shift.astype(dense.dtype)}
     target = Target(site, reader, window, plan, np.zeros(site.size))
     weights, taps, retained = target.weights(), window.taps, len(plan.kept)
     columns, response = weights[: retained * taps], weights[retained * taps :]

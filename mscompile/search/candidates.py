@@ -136,7 +136,7 @@ class Workshop:
     @cached_property
     def _shelf(self) -> Shelf:
         """Of what is fitted at all sites."""
-        return self.stage.work.shelf(sum(site.size**2 * 8 for site in self.source.sites))
+        return self.stage.work.shelf(sum(2 * site.size**2 * 8 for site in self.source.sites))
 
     @cached_property
     def _factors(self) -> dict[str, Factor]:

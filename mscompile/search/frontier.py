@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mscompile.intake.samples import Samples
 from mscompile.network.costs import Costs, Counts
 from mscompile.network.latency import LatencyModel, LatencyTable
 from mscompile.network.sizes import time_of
-from mscompile.planning.scores import measured_risk, predictable
 from mscompile.runs.work import digest
-from mscompile.runtime import Arrays
 from mscompile.search.candidates import Workshop
 from mscompile.search.goals import Cost, Curve, descend, distinct, make_curve, probed, reach, widths
+from mscompile.search.probe import Probe
 from mscompile.search.sweep import Point, Sweep
 from mscompile.verification.metrics import METRICS
 
@@ -25,10 +23,6 @@ SPACINGS = (0.04, 0.03, 0.02, 0.01, 0.005)
 """Differences of size between candidates that are tried in turn until there are enough of them."""
 ENOUGH = 20
 """Candidates that are enough."""
-PROBES = 4
-"""Forward passes per calibration sample that measuring risk curves may cost, at most."""
-FEWEST_PROBES = 32
-"""Samples that a risk is measured on, at least."""
 TABLE_BATCH = 16
 """Samples at a time that the latency table is for."""
 
@@ -75,7 +69,14 @@ class Frontier:
         workshop = self.workshop
         metric = None if workshop.options.metric is None else METRICS[workshop.options.metric]
         parts, batch = workshop.parts, workshop.batch
-        return Sweep(workshop.source, parts["choose"], batch_size=batch, metric=metric, tunable=workshop.tunable)
+        return Sweep(
+            workshop.source,
+            parts["choose"],
+            batch_size=batch,
+            metric=metric,
+            tunable=workshop.tunable,
+            work=workshop.stage.work,
+        )
 
     @cached_property
     def latency(self) -> LatencyModel:
@@ -88,42 +89,21 @@ class Frontier:
             workshop, source = self.workshop, self.workshop.source
             found = {}
             with workshop.clock.time("search"):
-                for group, elimination in workshop.progress(
-                    workshop.eliminations.items(), "measure risks", len(source.groups)
-                ):
+                probe = Probe(workshop)
+                for group in workshop.progress(probe.places, "measure risks", len(source.groups)):
+                    elimination = workshop.eliminations[group]
                     counts = widths(source.groups[group], len(elimination.order), source.ranks, aligned=aligned)
                     counts = distinct(counts, [self.costs.left(group, int(count)) for count in counts])
-                    measured = self._kept_risks(group, probed(counts))
+                    measured = self._kept_risks(probe, group, probed(counts))
                     found[group] = make_curve(elimination, counts, workshop.carriers(group), measured)
             self._curves[aligned] = found
         return self._curves[aligned]
 
-    @cached_property
-    def _probe(self) -> tuple[Samples, Arrays]:
-        """Samples that risks are measured on, and the dense outputs there."""
-        workshop = self.workshop
-        wanted = PROBES * len(workshop.parts["calibrate"]) // (4 * len(workshop.eliminations))
-        batch = workshop.source.batch or 1
-        count = max(FEWEST_PROBES, wanted) // batch * batch or batch
-        samples = workshop.held.take(slice(min(count, len(workshop.held))))
-        return samples, self.sweep.outputs(samples, list(workshop.outputs))
-
-    def _kept_risks(self, group: int, counts: np.ndarray) -> dict[int, float]:
-        """What `_measured` gives, kept."""
+    def _kept_risks(self, probe: Probe, group: int, counts: np.ndarray) -> dict[int, float]:
+        """What the probe gives, kept."""
         name = f"risks-{group}-{digest(counts.tolist())}"
-        pairs = self.workshop.stage.recall(name, "measured risks", lambda: [*self._measured(group, counts).items()])
+        pairs = self.workshop.stage.recall(name, "measured risks", lambda: [*probe.risks(group, counts).items()])
         return {int(count): float(risk) for count, risk in pairs}
-
-    def _measured(self, group: int, counts: np.ndarray) -> dict[int, float]:
-        """Risk of a group alone by channels left, where what is planned for it predicts a risk that can be measured."""
-        (samples, wanted), outputs = self._probe, self.workshop.outputs
-        found: dict[int, float] = {}
-        for count in map(int, counts):
-            plans = self.workshop.plans({group: count})
-            if plans and outputs and all(predictable(plan.basis) for plan in plans):
-                changed = self.sweep.outputs(samples, list(outputs), plans)
-                found[count] = measured_risk(plans[0].basis, wanted, changed, outputs) / len(samples)
-        return found
 
     def cost(self, kind: str) -> Cost:
         """A cost as a share of the dense model's, up to a constant for latency."""
