@@ -28,7 +28,7 @@ from mscompile.runs.parcel import Parcel
 from mscompile.runs.work import NOWHERE, Stage
 from mscompile.runtime import Session, no_progress
 from mscompile.search.candidates import Workshop
-from mscompile.search.probe import Probe
+from mscompile.search.risks import GroupRisks
 from mscompile.search.sweep import Sweep
 from mscompile.verification.interchange import disjoint_pairs
 from mscompile.verification.verify import fold_error, make_pair
@@ -250,14 +250,14 @@ def test_a_candidate_of_nothing_is_the_dense_model(digits: Workshop) -> None:
 def test_risks_of_groups_are_those_of_whole_passes_wherever_the_graph_is_entered(
     digits: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mscompile.search.probe.FEWEST_PROBES", len(digits.held))
-    probe, name, found = Probe(digits), digits.source.output, {}
-    for group in probe.places:
+    monkeypatch.setattr("mscompile.search.risks.FEWEST", len(digits.held))
+    risks, name, found = GroupRisks(digits), digits.source.output, {}
+    for group in risks.places:
         half = len(digits.eliminations[group].order) // 2
-        found = probe.risks(group, np.array([half]))
+        found = risks.measure(group, np.array([half]))
         plans = digits.plans({group: half})
         dense, changed = ({name: tuned(digits, entry)[: len(digits.held)]} for entry in ((), plans))
         risk = measured_risk(plans[0].basis, dense, changed, digits.outputs) / len(digits.held)
         assert found == {half: pytest.approx(risk, rel=CLOSE)}
-    assert len(probe.places) > 1
-    assert Probe(digits).risks(group, np.array([half])) == found, "the others were kept: to the bit"
+    assert len(risks.places) > 1
+    assert GroupRisks(digits).measure(group, np.array([half])) == found, "the others were kept: to the bit"

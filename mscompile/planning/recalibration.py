@@ -19,8 +19,9 @@ from mscompile.calibration.windows import FEATURES, view_of
 from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.planning.plan import Plan, SitePlan, WindowPlan
+from mscompile.planning.probe import Probe
 from mscompile.planning.refits import Sums, Target, refit
-from mscompile.planning.scores import SQUARED_OUTPUTS, measured_risk, predictable
+from mscompile.planning.scores import SQUARED_OUTPUTS, predictable
 from mscompile.planning.staged import StagedPass
 from mscompile.planning.tuning import Tunable
 from mscompile.runs.parcel import Parcel
@@ -94,13 +95,10 @@ def recalibrate(
     """
     batch = source.batch or 1
     basis = next((entry.basis for entry in plan.sites if predictable(entry.basis)), SQUARED_OUTPUTS)
-    names = list(outputs) or [source.output]
-    weights = dict(outputs) or {source.output: 1.0}
     held = held.take(slice(max(FEWEST_HELD, PASSES * len(samples) // max(len(plan.sites), 1)) // batch * batch))
     tunable, work = tunable or Tunable(source), stage.work
     dense, compiled = (StagedPass(tunable.graph, samples, batch_size, work) for _ in range(2))
-    trial = StagedPass(tunable.graph, held, batch_size, work)
-    wanted = trial.outputs(names, tunable.weights(()))
+    probe = Probe(tunable, dict(outputs) or {source.output: 1.0}, held, batch_size, work)
 
     def targets_of(entry: SitePlan) -> list[Target]:
         return _targets(source, entry, statistics.moments[entry.tensor].mean)
@@ -110,11 +108,7 @@ def recalibrate(
         so_far, places = tunable.weights(before), list(dict.fromkeys(target.reader.data for target in targets))
         if places:
             yield from zip(dense.advance(places, tunable.weights(())), compiled.advance(places, so_far), strict=True)
-        for _ in trial.advance([entry.tensor], so_far):
-            pass
-
-    def risk(*sites: SitePlan) -> float:
-        return measured_risk(basis, wanted, trial.outputs(names, tunable.weights(sites)), weights) / len(held)
+        probe.advance(entry.tensor, before)
 
     done: list[SitePlan] = []
     steps: list[Step] = []
@@ -137,10 +131,10 @@ def recalibrate(
         fitted = tuple(_refits(targets, go(entry, targets, done), len(samples), batch_size, plan.swap, seed))
         given = {window.reader: window for window in (*entry.windows, *fitted)}
         chosen = entry.model_copy(update={"windows": tuple(given.values())})
-        measured, rolled_back = risk(*done, chosen), False
+        measured, rolled_back = probe.risk([*done, chosen], basis), False
         own = entry.predicted_risk if entry.basis == basis else None
         if fitted and (own is None or measured > before + ROLLBACK * own):
-            plain = risk(*done, entry)
+            plain = probe.risk([*done, entry], basis)
             if plain < measured:
                 chosen, measured, fitted, rolled_back = entry, plain, (), True
         predicted = None if own is None else before + own

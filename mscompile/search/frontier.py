@@ -15,7 +15,7 @@ from mscompile.network.sizes import time_of
 from mscompile.runs.work import digest
 from mscompile.search.candidates import Workshop
 from mscompile.search.goals import Cost, Curve, descend, distinct, make_curve, probed, reach, widths
-from mscompile.search.probe import Probe
+from mscompile.search.risks import GroupRisks
 from mscompile.search.sweep import Point, Sweep
 from mscompile.verification.metrics import METRICS
 
@@ -89,20 +89,20 @@ class Frontier:
             workshop, source = self.workshop, self.workshop.source
             found = {}
             with workshop.clock.time("search"):
-                probe = Probe(workshop)
-                for group in workshop.progress(probe.places, "measure risks", len(source.groups)):
+                risks = GroupRisks(workshop)
+                for group in workshop.progress(risks.places, "measure risks", len(source.groups)):
                     elimination = workshop.eliminations[group]
                     counts = widths(source.groups[group], len(elimination.order), source.ranks, aligned=aligned)
                     counts = distinct(counts, [self.costs.left(group, int(count)) for count in counts])
-                    measured = self._kept_risks(probe, group, probed(counts))
+                    measured = self._kept_risks(risks, group, probed(counts))
                     found[group] = make_curve(elimination, counts, workshop.carriers(group), measured)
             self._curves[aligned] = found
         return self._curves[aligned]
 
-    def _kept_risks(self, probe: Probe, group: int, counts: np.ndarray) -> dict[int, float]:
-        """What the probe gives, kept."""
+    def _kept_risks(self, risks: GroupRisks, group: int, counts: np.ndarray) -> dict[int, float]:
+        """Those of one group, kept."""
         name = f"risks-{group}-{digest(counts.tolist())}"
-        pairs = self.workshop.stage.recall(name, "measured risks", lambda: [*probe.risks(group, counts).items()])
+        pairs = self.workshop.stage.recall(name, "measured risks", lambda: [*risks.measure(group, counts).items()])
         return {int(count): float(risk) for count, risk in pairs}
 
     def cost(self, kind: str) -> Cost:

@@ -374,9 +374,8 @@ class Search:
         with workshop.clock.time("prove"):
             error = fold_error(interchange.pair, candidate.plan, proof, workshop.batch)
         with workshop.clock.time("check"):
-            outputs = source.weighted_outputs(options)
-            opened = interchange.engine.dense
-            risks = site_risks(source.model, candidate.fitted, source.ranks, outputs, proof, workshop.batch, opened)
+            outputs, work = source.weighted_outputs(options), workshop.stage.work
+            risks = site_risks(workshop.tunable, candidate.fitted, outputs, proof, workshop.batch, work)
         main = workshop.measure(candidate, "certify")
         stress = [
             workshop.measure(candidate, "certify", law, swap)
