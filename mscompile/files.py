@@ -58,6 +58,13 @@ def output_conflict(paths: Iterable[Path], *, force: bool, inputs: Sequence[Path
                 "two outputs are one file", where=name, why="one would overwrite the other", hint="give each its own name"
             )
     for path in paths:
+        if path == Path("-"):
+            raise UsageError(
+                "the output cannot be standard output",
+                where="-",
+                why="a model and what lies beside it are several files",
+                hint="name a file with -o",
+            )
         try:
             path.parent.stat()
             path.lstat()
@@ -194,13 +201,13 @@ def file_bytes(model: ir.Model) -> int:
     return sum(len(part) for part in joined(skeleton.SerializeToString(deterministic=True), payloads))
 
 
-def save_model(model: ir.Model, target: Path, *, external: bool = False) -> tuple[str, int]:
+def save_model(model: ir.Model, target: Path, *, external: bool = False, inputs: Iterable[Path] = ()) -> tuple[str, int]:
     """Write a model atomically after onnx.checker has accepted the written file; returns its digest and its bytes.
 
     Weights are not copied on the way. They go to a file beside it, named after its content, where `external` is set or the
     model holds more than `INLINE_LIMIT` bytes of them; its bytes are counted, too. That file is there before the model
-    that names it takes the target's place, and the one that an older model named goes after that: whatever happens
-    between, there is the old model or the new one, with its weights.
+    that names it takes the target's place, and the one that an older model named goes after that, unless it is among the
+    `inputs`, which another model names: whatever happens between, there is the old model or the new one, with its weights.
     """
     if (model.ir_version or LISTED) < LISTED:
         model = common.AddInitializersToInputsPass()(model.clone()).model
@@ -223,8 +230,10 @@ def save_model(model: ir.Model, target: Path, *, external: bool = False) -> tupl
                 hint="please report this as a bug; nothing was written",
             ) from error
         new, size = _own_data(draft), sum(file.stat().st_size for file in draft.parent.iterdir())
-    for name in old - new:
-        target.with_name(name).unlink(missing_ok=True)
+    read = {os.path.realpath(path) for path in inputs}
+    for left in map(target.with_name, old - new):
+        if os.path.realpath(left) not in read:
+            left.unlink(missing_ok=True)
     return sha256, size
 
 

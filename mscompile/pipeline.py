@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -188,7 +188,7 @@ def _compile(
     check_unchanged(source.model)
     with finishing():
         with clock.time("save"):
-            sha256, size = _write_model(compiled, files.model, external=external)
+            sha256, size = _write_model(compiled, files.model, external=external, inputs=source.external)
         warnings += run.work.notes
         report = build_report(
             source, result, samples, options, clock, warnings, command, compiled, files.model, sha256, size
@@ -223,8 +223,8 @@ def _document(compiled: ir.Model, dense: ir.Model) -> None:
             value.const_value.metadata_props.update(origin.const_value.metadata_props)
 
 
-def _write_model(model: ir.Model, target: Path | None, *, external: bool) -> tuple[str | None, int]:
+def _write_model(model: ir.Model, target: Path | None, *, external: bool, inputs: Iterable[Path]) -> tuple[str | None, int]:
     """Digest and size of the compiled file; None and the size it would have where nothing is written."""
     if target is None:
         return None, file_bytes(model)
-    return save_model(model, target, external=external)
+    return save_model(model, target, external=external, inputs=inputs)

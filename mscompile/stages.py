@@ -316,5 +316,5 @@ def _apply(model: Model, plan: Plan, data: Source | None, output: Path | None, o
         error = fold_error(pair, plan, samples, dense.batch or options.batch)
     stamped: ir.Model = stamp(compiled, plan, dense.sha256)
     if output is not None:
-        save_model(stamped, output, external=external)
+        save_model(stamped, output, external=external, inputs=dense.external)
     return Application(compiled, error, output)

@@ -69,6 +69,18 @@ def test_weights_that_lie_outside_stay_outside(run: Run, made: Path):
     assert data.stat().st_size > 2000
 
 
+def test_data_that_a_copy_names_stays(run: Run, made: Path):
+    """The copy of a compiled model reads the data file of the one it was copied from, which is written again."""
+    copy = made / "copy.onnx"
+    copy.write_bytes((made / "m.ms.onnx").read_bytes())
+    (named,) = made.glob("m.ms.onnx.*.data")
+    ran = run(copy.name, *KEEP, "--calib", "m.calib.npz", "-o", "m.ms.onnx", "--force")
+    assert ran.code == 0, ran.err
+    assert named.exists()
+    assert run("inspect", copy.name).code == 0
+    assert len([*made.glob("m.ms.onnx.*.data")]) == 2
+
+
 def test_the_report_goes_where_it_is_asked_to(run: Run, small: Path):
     (small.parent / "sub").mkdir()
     before = set(written(small.parent))
@@ -86,6 +98,11 @@ def test_the_report_goes_where_it_is_asked_to(run: Run, small: Path):
 @pytest.mark.parametrize("options", [("--html", "a"), ("--report", "a"), ("--report", "b", "--html", "b")])
 def test_two_outputs_are_two_files(run: Run, small: Path, options: tuple[str, ...]):
     refused(run(small.name, *KEEP, "-o", "a", *options), 2, "two outputs are one file")
+
+
+def test_standard_output_takes_no_model(run: Run, small: Path):
+    refused(run(small.name, *KEEP, "-o", "-"), 2, "cannot be standard output", "-o")
+    assert not (small.parent / "-").exists()
 
 
 def test_a_folder_where_nothing_may_be_written_is_refused_first(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch):

@@ -233,8 +233,10 @@ def test_tampered_plans_are_refused(tmp_path: Path, plan_text: str, tamper: Call
 def test_files_that_are_no_plan(tmp_path: Path, content: bytes):
     (tmp_path / "plan.json").write_bytes(content)
     for name in ("plan.json", "missing.json"):
-        with pytest.raises(UsageError, match="plan cannot be read"):
+        with pytest.raises(UsageError, match="plan cannot be read") as raised:
             Plan.read(tmp_path / name)
+        assert "\n" not in raised.value.why
+        assert "pydantic" not in raised.value.why
 
 
 def test_report_fields(tmp_path: Path):

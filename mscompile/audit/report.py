@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mscompile.errors import UsageError, VerificationError
+from mscompile.intake.documents import faults
 from mscompile.verification.certificate import Verdict
 from mscompile.verification.interchange import Law
 
@@ -299,8 +300,9 @@ class AuditReport(_Section):
         try:
             report = cls.model_validate_json(content)
         except ValidationError as error:
-            why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-            raise UsageError("this is no certificate", where=where, why=why, hint="give what `audit` wrote") from error
+            raise UsageError(
+                "this is no certificate", where=where, why=faults(error), hint="give what `audit` wrote"
+            ) from error
         if report.digest != report._digest() or content != report.to_json().encode():
             raise VerificationError(
                 "the certificate was changed",

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from mscompile.audit.report import AuditReport, LawFound
 from mscompile.errors import UsageError
-from mscompile.intake.documents import parse
+from mscompile.intake.documents import faults, parse
 from mscompile.pages.drawing import Series, bars, lines, scatter
 from mscompile.report import Report
 from mscompile.verification.certificate import risk_bound, risk_floor
@@ -73,9 +73,11 @@ def _rendered(content: bytes, kind: str, where: str, *, audit: bool) -> str:
     try:
         report = Report.model_validate_json(content)
     except ValidationError as error:
-        why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
         raise UsageError(
-            "this is no report of this version", where=where, why=why, hint="compile again, or use the version it names"
+            "this is no report of this version",
+            where=where,
+            why=faults(error),
+            hint="compile again, or use the version it names",
         ) from error
     return compile_html(report) if kind == "html" else compile_markdown(report)
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.windows import determined, fit_window, window_name, window_weight
 from mscompile.errors import GoalError, UsageError
+from mscompile.intake.documents import faults
 from mscompile.network.scm import Scm, Site
 from mscompile.operators import IntArray
 from mscompile.planning.constants import has_carriers
@@ -168,8 +169,9 @@ class Plan(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError, TypeError, OverflowError) as error:  # the latter two from arrays
+            why = faults(error) if isinstance(error, ValidationError) else str(error)
             raise UsageError(
-                "the plan cannot be read", where=str(path), why=str(error), hint="write one with `mscompile MODEL`"
+                "the plan cannot be read", where=str(path), why=why, hint="write one with `mscompile MODEL`"
             ) from error
 
 

@@ -49,11 +49,14 @@ class Tunable:
 
     def weights(self, plans: Iterable[SitePlan]) -> Arrays:
         """Weights by name in the graph; sites without a plan are as in the dense model."""
-        given = dict(self._whole)
+        given, fed = dict(self._whole), dict[str, tuple[SitePlan, Arrays]]()
         for plan in plans:
-            if plan.tensor not in self._fed or self._fed[plan.tensor][0] is not plan:
-                self._fed[plan.tensor] = plan, _feed(self._source.scm.site(plan.tensor), plan)
-            given |= self._fed[plan.tensor][1]
+            known = self._fed.get(plan.tensor)
+            if known is None or known[0] is not plan:
+                known = plan, _feed(self._source.scm.site(plan.tensor), plan)
+            fed[plan.tensor] = known
+            given |= fed[plan.tensor][1]
+        self._fed = fed or self._fed  # those of other plans make way: of all sites they come to the size of the model
         return given
 
 
