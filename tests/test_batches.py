@@ -17,6 +17,7 @@ from mscompile.errors import ResourceError
 from mscompile.intake.samples import Samples
 from mscompile.network.scm import Scm, read_scm
 from mscompile.runs.run import Run
+from mscompile.runs.workers import Crew, Process
 
 ALL = Measure(shared=True, windows=True, outputs={"y": 1.0}, curvature="identity", probes=2, second=True)
 STRIDED = """(float[N,2,11,9] x) => (float[N,4,a,b] y)
@@ -95,6 +96,18 @@ def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(batches, "ROOM_BYTES", held[1] - 1)
     with pytest.raises(ResourceError, match="one sample at a time"):
         fitting_batch(scm, scm.sites, samples, ALL, None)
+
+
+def test_workers_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    scm, samples = opened("cnn", 40)
+    monkeypatch.setattr(batches, "SMALL_BYTES", 0)
+    held = held_by(scm, scm.sites, samples, ALL, 40)
+    monkeypatch.setattr(batches, "free_memory", lambda: int(held / batches.SHARE) + 1)
+    found = [
+        fitting_batch(scm, scm.sites, samples, ALL, None, Run(crew=Crew(4, Process, elsewhere=elsewhere)))
+        for elsewhere in (True, False)
+    ]
+    assert found == [64, 10]
 
 
 def test_a_memory_limit_decides_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ from mscompile.runs.run import ALONE, Run
 from mscompile.runtime import Arrays
 
 ROOM_BYTES, SHARE = 8 << 30, 0.5
-"""Bytes that a batch may take where no limit is given, and the share of the memory that is free. On most machines the former
-counts, so that the same command gives the same bytes on all of them."""
+"""Bytes that a batch may take where no limit is given, and the share of the free memory that those of all workers here may.
+On most machines the former counts, so that the same command gives the same bytes on all of them."""
 SMALL_BYTES = 1 << 30
 """Bytes below which nobody asks more closely: they fit, and onnxruntime is quicker where it keeps them."""
 OVERHEAD = 2.0
@@ -113,7 +113,7 @@ def fitting_batch(
         What was asked for does not fit, or not one sample does.
     """
     wanted = min(asked or USUAL, len(samples))
-    free = min(ROOM_BYTES, int(SHARE * free_memory()))
+    free = min(ROOM_BYTES, int(SHARE * free_memory() / run.sharing))
     refusal: ResourceError | None = None
     for size in (wanted >> halved for halved in range(wanted.bit_length())):
         error = _refusal(scm, sites, samples, measure, size, run.memory, free)

@@ -89,4 +89,4 @@ def ray_crew(address: str) -> Crew:
             why=str(error).strip()[:400],
             hint=f"{REACHED}{ASKING if given else ''}; or use processes of this machine: --workers 4",
         ) from error
-    return Crew(count, lambda: Actor(ray), ray.shutdown)
+    return Crew(count, lambda: Actor(ray), ray.shutdown, elsewhere=bool(given))

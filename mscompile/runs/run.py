@@ -46,6 +46,11 @@ class Run:
     crew: Crew | None = None
     memory: int | None = None
 
+    @property
+    def sharing(self) -> int:
+        """How many processes share the memory of this machine, where all work."""
+        return 1 if self.crew is None or self.crew.elsewhere else self.crew.size
+
     def map(
         self, task: Task, numbers: Sequence[int], cut: Cut, tick: Tick, batches: Sequence[int]
     ) -> Generator[tuple[int, Parcel], None, None]:

@@ -128,10 +128,14 @@ class Crew:
         Makes one.
     close
         What else is closed in the end.
+    elsewhere
+        Whether they have the memory of other machines.
     """
 
-    def __init__(self, size: int, hire: Callable[[], Worker], close: Callable[[], object] = lambda: None) -> None:
-        self.size, self._hire, self._close = size, hire, close
+    def __init__(
+        self, size: int, hire: Callable[[], Worker], close: Callable[[], object] = lambda: None, *, elsewhere: bool = False
+    ) -> None:
+        self.size, self.elsewhere, self._hire, self._close = size, elsewhere, hire, close
         self._idle: list[Worker] = []
         self._left: dict[Worker, tuple[list[Future[Content]], float]] = {}
         """Workers at what nobody waits for any more, and since when."""

@@ -24,7 +24,7 @@ from mscompile.verification.surgery import patched
 from mscompile.verification.verify import patches_of
 
 HELD_BYTES = 1 << 28
-"""Activations of sources that are kept between candidates, at most; more are computed again."""
+"""Activations of sources that are kept between candidates, a batch more or less; the others are computed again."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,9 @@ class Sweep:
                 places, units = draws.take(start, min(start + self.batch_size, len(base)))
                 plain = dense.run(number, self.dense.feeds({}, {}))[self.output]
                 batch = Opened(sources, None, dict(zip(sizes, units, strict=True)), places, plain)
-                values = self._values(batch)
-                held += sum(array.nbytes for array in values.values())
-                batches.append(replace(batch, values=values) if held <= HELD_BYTES else batch)
+                if held <= HELD_BYTES:
+                    batch = replace(batch, values=self._values(batch))
+                    held += sum(array.nbytes for array in self._values(batch).values())
+                batches.append(batch)
             self._benches[key] = Bench(bases, dense, batches)
         return self._benches[key]
