@@ -102,12 +102,14 @@ def _weights(site: Site, reader: Reader, plan: SitePlan | None) -> Arrays:
             return {WEIGHT + name: dense, SHIFT + name: np.zeros_like(dense[:, :1])}
         return {WEIGHT + name: dense, SHIFT + name: np.zeros(dense.shape[1 - reader.axis], dense.dtype)}
     if not window.kernel and all(given.reader != name for given in plan.windows):
-        # As below, without leaving the precision of the weight, nor the order that it lies in.
+        # As below, in no more than single precision, and in the order that the weight lies in.
         places, axis = np.argsort(reader.index, kind="stable").reshape(site.size, window.taps), reader.axis
         left, lost = (np.take(dense, places[channels], axis) for channels in (plan.kept, plan.replaced))
         if plan.affine is not None:
-            affine = plan.affine.astype(dense.dtype)
-            left += np.moveaxis(np.tensordot(lost, affine, (1, 0)), -1, 1) if axis else np.tensordot(affine.T, lost, 1)
+            kind = np.promote_types(dense.dtype, np.float32)
+            gone, affine = lost.astype(kind, copy=False), plan.affine.astype(kind)
+            gone = np.moveaxis(np.tensordot(gone, affine, (1, 0)), -1, 1) if axis else np.tensordot(affine.T, gone, 1)
+            left += gone.astype(dense.dtype, copy=False)
         shift = linear.gain * np.tensordot(plan.constants, lost, (0, axis)).sum(axis=axis)
         flat = [*dense.shape[:axis], -1, *dense.shape[axis + 1 :]]
         back = np.argsort(np.concatenate([places[plan.kept], places[plan.replaced]]).ravel())
