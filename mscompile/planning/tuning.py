@@ -7,6 +7,8 @@ zeros. It serves to choose and to fit; what is chosen is compiled, proved and me
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,13 +79,22 @@ def _feed(site: Site, plan: SitePlan | None) -> Arrays:
     if folded:
         return found
     dtype = _array(site.readers[0].weight).dtype if site.readers else np.dtype(np.float32)
-    matrix, shift = np.eye(site.size), np.zeros(site.size)
+    matrix, shift = _identity(site.size, dtype), np.zeros(site.size, dtype)
     if plan is not None:
+        matrix = matrix.copy()
         matrix[:, plan.replaced] = 0.0
         shift[plan.replaced] = plan.constants
         if plan.affine is not None:
             matrix[np.ix_(plan.kept, plan.replaced)] = plan.affine.T
-    return found | {MATRIX + site.tensor: matrix.astype(dtype), SHIFT + site.tensor: shift.astype(dtype)}
+    return found | {MATRIX + site.tensor: matrix, SHIFT + site.tensor: shift}
+
+
+@lru_cache(maxsize=8)
+def _identity(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """One for all sites as wide: many are as large as the weights."""
+    found = np.eye(size, dtype=dtype)
+    found.setflags(write=False)
+    return found
 
 
 def _array(value: ir.Value) -> npt.NDArray[np.generic]:
