@@ -14,14 +14,14 @@ from mscompile.intake.samples import Samples
 from mscompile.network.scm import Site
 from mscompile.operators import IntArray
 from mscompile.pages.drawing import Series, scatter
-from mscompile.planning.plan import Plan
-from mscompile.planning.probe import Probe
+from mscompile.planning.plan import Plan, SitePlan
 from mscompile.planning.scores import Scores, measured_risk, predictable
-from mscompile.planning.tuning import Tunable
-from mscompile.runs.work import NOWHERE, Work
+from mscompile.runs import shelf
 from mscompile.runtime import Arrays, Progress, Session, no_progress
+from mscompile.verification.interventions import Intervened
 from mscompile.verification.skeletons import Skeleton, skeleton_of
-from mscompile.verification.surgery import Patch, feed, float_type, patched
+from mscompile.verification.surgery import Patch, feed, float_type, patched, replaced
+from mscompile.verification.verify import replacement_of
 
 UNEQUAL = 10.0
 """Ratio of variances of outputs from which the larger decides alone what is kept."""
@@ -42,24 +42,60 @@ def imbalance(model: ir.Model, outputs: Mapping[str, float], batch: Arrays) -> t
 
 
 def site_risks(
-    tunable: Tunable,
+    model: ir.Model,
     plan: Plan,
+    ranks: Mapping[str, int],
     outputs: Mapping[str, float],
     samples: Samples,
     batch_size: int,
-    work: Work = NOWHERE,
+    opened: Intervened | None = None,
 ) -> dict[str, float]:
     """Measured risk of each planned site replaced alone, where its prediction is of a measurable risk.
 
-    Costs one run of the dense model over `samples`, and for each site one of what lies behind it.
+    All that uses the tensor sees the replaced channels, residual sums besides readers: so does the derivative that predicts.
+    Costs one run of the dense model over `samples`, and one more per site.
+
+    Parameters
+    ----------
+    opened
+        The dense model, in which the planned sites can be set. Taken for a large one: a session of its own per site, which
+        runs what onnxruntime has fused and takes readers' new weights, would take longer to load than to run.
     """
     planned = [site for site in plan.sites if predictable(site.basis)]
     if not planned:
         return {}
-    probe, risks = Probe(tunable, outputs, samples, batch_size, work), {}
+    skeleton = skeleton_of(model)
+    if opened is not None and skeleton.weight_bytes > shelf.LARGE and not any(site.windows for site in planned):
+        return _risks_in_one(opened, planned, outputs, samples, batch_size)
+    dense = Session(skeleton).run_all(samples.batches(batch_size), list(outputs))
+    risks = {}
     for site in planned:
-        probe.advance(site.tensor)
-        risks[site.tensor] = probe.risk([site], site.basis)
+        do = replacement_of(site, Patch(site.tensor, ranks[site.tensor], site.axis))
+        found = Session(replaced(skeleton, [do])).run_all(samples.batches(batch_size), list(outputs))
+        risks[site.tensor] = measured_risk(site.basis, dense, found, outputs) / len(samples)
+    return risks
+
+
+def _risks_in_one(
+    opened: Intervened, planned: Sequence[SitePlan], outputs: Mapping[str, float], samples: Samples, batch_size: int
+) -> dict[str, float]:
+    """The same by setting the replaced channels of one site after the other."""
+    risks = {site.tensor: 0.0 for site in planned}
+    patches = {patch.tensor: patch for patch in opened.patches}
+    for batch in samples.batches(batch_size):
+        dense = opened.run(batch, {}, list(outputs))
+        for site in planned:
+            mask = np.ones((1, site.size), dtype=np.bool_)
+            mask[0, site.kept] = False
+            values = np.zeros(site.size, dtype=np.float32)
+            values[site.replaced] = site.constants
+            values = values.reshape([-1 if axis == site.axis else 1 for axis in range(patches[site.tensor].rank)])
+            if site.affine is not None:
+                rows = np.moveaxis(opened.read(batch, [site.tensor])[site.tensor], site.axis, -1).astype(np.float32)
+                rows[..., site.replaced] = rows[..., site.kept] @ site.affine.T + site.constants
+                values = np.moveaxis(rows, -1, site.axis)
+            found = opened.run(batch, {site.tensor: (mask, values)}, list(outputs))
+            risks[site.tensor] += measured_risk(site.basis, dense, found, outputs) / len(samples)
     return risks
 
 

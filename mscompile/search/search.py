@@ -374,8 +374,9 @@ class Search:
         with workshop.clock.time("prove"):
             error = fold_error(interchange.pair, candidate.plan, proof, workshop.batch)
         with workshop.clock.time("check"):
-            outputs, work = source.weighted_outputs(options), workshop.stage.work
-            risks = site_risks(workshop.tunable, candidate.fitted, outputs, proof, workshop.batch, work)
+            outputs = source.weighted_outputs(options)
+            opened = interchange.engine.dense
+            risks = site_risks(source.model, candidate.fitted, source.ranks, outputs, proof, workshop.batch, opened)
         main = workshop.measure(candidate, "certify")
         stress = [
             workshop.measure(candidate, "certify", law, swap)
