@@ -7,11 +7,13 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from small_models import mlp, samples
 
 from mscompile import Options, compile_model
 from mscompile.calibration.calibration import calibrate
+from mscompile.calibration.prediction import site_risks
 from mscompile.calibration.windows import view_of
 from mscompile.clock import Clock
 from mscompile.intake.data import read
@@ -31,6 +33,7 @@ from mscompile.search.candidates import Workshop
 from mscompile.search.risks import GroupRisks
 from mscompile.search.sweep import Sweep
 from mscompile.verification.interchange import disjoint_pairs
+from mscompile.verification.skeletons import weightless
 from mscompile.verification.verify import fold_error, make_pair
 
 CLOSE = 1e-4
@@ -261,3 +264,22 @@ def test_risks_of_groups_are_those_of_whole_passes_wherever_the_graph_is_entered
         assert found == {half: pytest.approx(risk, rel=CLOSE)}
     assert len(risks.places) > 1
     assert GroupRisks(digits).measure(group, np.array([half])) == found, "the others were kept: to the bit"
+
+
+def test_a_site_alone_is_replaced_for_all_that_uses_it() -> None:
+    """A residual sum sees replaced channels, too: derivatives that predict count it."""
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.standard_normal(shape).astype(np.float32) / 4 for shape in ((8, 16), (16, 16), (16, 3)))
+    text = """<ir_version: 8, opset_import: ["" : 17]> net (float[N,8] x, float[8,16] a, float[16,16] b, float[16,3] c)
+        => (float[N,3] y) { h = MatMul(x, a)  r = Relu(h)  t = MatMul(r, b)  s = Add(r, t)  y = MatMul(s, c) }"""
+    graph = weightless(onnx.parser.parse_model(text)).with_weights({"a": first, "b": second, "c": third})
+    made = workshop(graph.whole(), {"x": rng.standard_normal((400, 8)).astype(np.float32)}, recalibrate=False)
+    plan = made.fit(counts_of(made, 0.5), recalibrated=False)[0]
+    entry = next(site for site in plan.sites if site.tensor == "r")
+    assert entry.affine is not None
+    risks = site_risks(made.source.model, plan, made.source.ranks, made.outputs, made.held, 64)
+    r = np.maximum(made.held.inputs["x"] @ first, 0)
+    change = np.zeros_like(r)
+    change[:, entry.replaced] = r[:, entry.kept] @ entry.affine.T + entry.constants - r[:, entry.replaced]
+    moved = (change + change @ second) @ third
+    assert risks["r"] == pytest.approx(0.5 * float((moved**2).sum(axis=1).mean()), rel=CLOSE)
