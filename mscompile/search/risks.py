@@ -8,11 +8,10 @@ from mscompile.operators import IntArray
 from mscompile.planning.probe import Probe
 from mscompile.planning.scores import predictable
 from mscompile.search.candidates import Workshop
+from mscompile.search.goals import PROBED
 
 PASSES = 4
 """Forward passes per calibration sample that measuring risk curves may cost, at most."""
-WIDTHS = 4
-"""Widths of a group that are measured, or so."""
 FEWEST = 32
 """Samples that a risk is measured on, at least."""
 
@@ -38,7 +37,7 @@ class GroupRisks:
     def _probe(self) -> Probe:
         workshop = self._workshop
         batch = workshop.source.batch or 1
-        count = max(FEWEST, PASSES * len(workshop.parts["calibrate"]) // (WIDTHS * len(self.places)))
+        count = max(FEWEST, PASSES * len(workshop.parts["calibrate"]) // (len(PROBED) * len(self.places)))
         samples = workshop.held.take(slice(count // batch * batch or batch))
         return Probe(workshop.tunable, workshop.outputs, samples, workshop.batch, workshop.stage.work)
 
