@@ -23,7 +23,8 @@ from mscompile.machine import blas_threads
 from mscompile.network.dense import DenseModel, Model, files_read, find_data, generated_inputs, nothing_to_cut, open_dense
 from mscompile.network.scm import Site
 from mscompile.options import Options
-from mscompile.planning.plan import Keep, Plan, SitePlan, make_plan, resolve_keep
+from mscompile.planning.plan import Keep, Plan, SitePlan, resolve_keep
+from mscompile.planning.planner import Planner
 from mscompile.planning.preparation import eliminate, what_to_measure
 from mscompile.planning.replacements import CONSTANT
 from mscompile.planning.scores import OBJECTIVES, Scores, score
@@ -180,18 +181,17 @@ def _plan(model: Model, statistics: Path, output: Path | None, options: Options,
     _check_measured(statistics, found, options)
     scores = score(dense.scm, dense.sites, found, options.objective, seed=options.seed)
     eliminations = eliminate(dense, found, scores, options)
-    plan = make_plan(
+    planner = Planner(
         dense.scm,
         found,
         scores,
         dense.groups,
         {group: elimination.order for group, elimination in eliminations.items()},
-        resolve_keep(dense.scm, dense.groups, keep),
-        model_sha256=dense.sha256,
-        replacement=options.replacement,
-        swap=options.swap,
-        lossless={group: elimination.lossless for group, elimination in eliminations.items()},
+        options.replacement,
+        options.swap,
+        {group: elimination.lossless for group, elimination in eliminations.items()},
     )
+    plan = planner.plan(resolve_keep(dense.scm, dense.groups, keep), dense.sha256)
     if output is not None:
         with staged(output) as draft:
             draft.write_text(plan.to_json(), encoding="utf-8")

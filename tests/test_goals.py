@@ -24,7 +24,8 @@ from mscompile.network.scm import read_scm
 from mscompile.network.sizes import count_macs, count_parameters
 from mscompile.network.units import Block
 from mscompile.operators.backward import FLOATS
-from mscompile.planning.plan import Plan, make_plan, selectable
+from mscompile.planning.plan import Plan, selectable
+from mscompile.planning.planner import Planner
 from mscompile.planning.preparation import eliminate, what_to_measure
 from mscompile.planning.scores import score
 from mscompile.planning.selection import Elimination, retained_units, without_carriers
@@ -56,9 +57,7 @@ def test_costs_are_those_of_the_compiled_model(shipped_model: bool, share: float
     inputs = {name: array.shape for name, array in next(data.batches(4)).items()}
     costs = Costs(dense.scm, orders, inputs)
     counts = {group: max(2, round(share * len(order))) for group, order in orders.items()}
-    plan = make_plan(
-        dense.scm, statistics, scores, dense.groups, orders, counts, model_sha256="", replacement="affine", swap=0.1
-    )
+    plan = Planner(dense.scm, statistics, scores, dense.groups, orders, "affine", 0.1).plan(counts, "")
     compiled = rewrite(dense.model, plan).model
     assert costs.params({}) == count_parameters(dense.model)
     assert costs.macs({}) == 4 * (count_macs(dense.model, inputs) or 0)

@@ -19,6 +19,7 @@ from mscompile.clock import Clock
 from mscompile.intake.data import read
 from mscompile.models import path as shipped
 from mscompile.network.dense import open_dense
+from mscompile.planning.drafts import Draft
 from mscompile.planning.plan import SitePlan
 from mscompile.planning.preparation import eliminate, split, what_to_measure
 from mscompile.planning.recalibration import recalibrate
@@ -34,6 +35,7 @@ from mscompile.search.risks import GroupRisks
 from mscompile.search.sweep import Sweep
 from mscompile.verification.interchange import disjoint_pairs
 from mscompile.verification.skeletons import weightless
+from mscompile.verification.surgery import WEIGHT
 from mscompile.verification.verify import fold_error, make_pair
 
 CLOSE = 1e-4
@@ -283,3 +285,46 @@ def test_a_site_alone_is_replaced_for_all_that_uses_it() -> None:
     change[:, entry.replaced] = r[:, entry.kept] @ entry.affine.T + entry.constants - r[:, entry.replaced]
     moved = (change + change @ second) @ third
     assert risks["r"] == pytest.approx(0.5 * float((moved**2).sum(axis=1).mean()), rel=CLOSE)
+
+
+def dense_layers() -> Workshop:
+    """Two hidden layers of 24 units: weights that lie either way, one scaled, and a site with two readers."""
+    rng, text = (
+        np.random.default_rng(0),
+        """<ir_version: 8, opset_import: ["" : 17]>
+        net (float[N,8] x, float[8,24] a, float[24,24] b, float[24] c, float[24,3] d, float[3,24] e) => (float[N,3] y) {
+        h = MatMul(x, a)  r = Relu(h)  t = Gemm <alpha = 0.5, transB = 1> (r, b, c)  s = Relu(t)
+        u = MatMul(s, d)  v = Gemm <transB = 1> (s, e)  y = Add(u, v) }""",
+    )
+    shapes = {"a": (8, 24), "b": (24, 24), "c": (24,), "d": (24, 3), "e": (3, 24)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) / 4 for name, shape in shapes.items()}
+    graph = weightless(onnx.parser.parse_model(text)).with_weights(weights)
+    return workshop(graph.whole(), {"x": rng.standard_normal((600, 8)).astype(np.float32)})
+
+
+def test_drafts_fold_what_plans_fold_whatever_was_tried_before() -> None:
+    made, readers = dense_layers(), 0
+    dense = made.tunable.weights(())
+    for count in (20, 7, 2, 15, 23, 7):
+        counts = dict.fromkeys(made.eliminations, count)
+        drafts, plans = made.drafts(counts), made.plans(counts)
+        assert [type(entry) for entry in drafts] == [Draft, Draft]
+        for draft, plan in zip(drafts, plans, strict=True):
+            assert (draft.tensor, draft.basis) == (plan.tensor, plan.basis)
+            np.testing.assert_array_equal(draft.kept, plan.kept)
+        found, wanted = made.tunable.weights(drafts), made.tunable.weights(plans)
+        assert found.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            np.testing.assert_allclose(found[name], weight, rtol=0, atol=CLOSE * np.abs(weight).max())
+            assert found[name].dtype == weight.dtype
+            readers += name.startswith(WEIGHT) and not np.allclose(weight, dense[name])
+    assert readers == 6 * 3, "all of them lose rows"
+
+
+def test_what_does_not_nest_is_planned_to_be_tried(digits: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    for entry in digits.drafts(counts_of(digits, 0.5)):
+        kind = Draft if len(digits.source.scm.shapes[entry.tensor]) == 2 else SitePlan
+        assert type(entry) is kind, "convolutions have positions, and windows"
+    monkeypatch.setattr("mscompile.search.candidates.FOLDED_BYTES", 0)
+    made = dense_layers()
+    assert {type(entry) for entry in made.drafts(counts_of(made, 0.5))} == {SitePlan}, "no room"

@@ -55,10 +55,12 @@ def close(found: Any, wanted: Any, tolerance: float) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("positions", [1, 2])
 @pytest.mark.parametrize("swap", [0.0, 0.1, 1.0])
-def test_one_factor_gives_the_fits_of_an_order(swap: float) -> None:
+def test_one_factor_gives_the_fits_of_an_order(swap: float, positions: int) -> None:
     rng = np.random.default_rng(0)
-    moments = moments_of(correlated(rng, 400, 12), correlated(rng, 400, 12))
+    moments = moments_of(*(correlated(rng, 400, 12) for _ in range(positions)))
+    assert (moments.shared is None) == (positions == 1)
     order = rng.permutation(12)
     factor = Factor.make(moments, swap, order)
     assert factor is not None

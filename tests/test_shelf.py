@@ -27,7 +27,8 @@ from mscompile.errors import ResourceError
 from mscompile.intake import data
 from mscompile.intake.mapped import place_of
 from mscompile.network.dense import open_dense
-from mscompile.planning.plan import make_plan, resolve_keep
+from mscompile.planning.plan import resolve_keep
+from mscompile.planning.planner import Planner
 from mscompile.planning.scores import score
 from mscompile.planning.selection import eliminate_by_score
 from mscompile.rewrite import rewrite
@@ -168,9 +169,7 @@ def held(layers: int) -> tuple[int, int]:
     scores = score(model.scm, model.sites, found, "logit-mse")
     orders = {group: eliminate_by_score(sites, scores).order for group, sites in model.groups.items()}
     counts = resolve_keep(model.scm, model.groups, 0.5)
-    plan = make_plan(
-        model.scm, found, scores, model.groups, orders, counts, model_sha256="", replacement="constant", swap=0.0
-    )
+    plan = Planner(model.scm, found, scores, model.groups, orders, "constant", 0.0).plan(counts, "")
     gc.collect()
     before = tracemalloc.get_traced_memory()[0]
     compiled = rewrite(model.model, plan)

@@ -20,7 +20,8 @@ from mscompile.errors import DataError, GoalError, UsageError
 from mscompile.models import path as shipped
 from mscompile.network.dense import open_dense
 from mscompile.options import Options
-from mscompile.planning.plan import Plan, make_plan, resolve_keep
+from mscompile.planning.plan import Plan, resolve_keep
+from mscompile.planning.planner import Planner
 from mscompile.planning.preparation import eliminate
 from mscompile.planning.scores import score
 from mscompile.stages import Calibration, apply_plan, calibrate_model, plan_model
@@ -96,14 +97,14 @@ def test_commands_write_what_the_functions_write(digits: Path, tmp_path: Path, c
     assert (out / "c.onnx").stat().st_size < 0.5 * model.stat().st_size
 
 
-def test_a_plan_file_is_what_make_plan_makes_of_the_statistics(digits: Path) -> None:
+def test_a_plan_file_is_what_a_planner_makes_of_the_statistics(digits: Path) -> None:
     dense = open_dense(digits / "digits.onnx")
     found = load_statistics(digits / "s", model_sha256=dense.sha256)
     scores = score(dense.scm, dense.sites, found, HALF.objective)
     orders = {group: elimination.order for group, elimination in eliminate(dense, found, scores, HALF).items()}
     counts = resolve_keep(dense.scm, dense.groups, 0.5)
-    how: dict[str, Any] = {"model_sha256": dense.sha256, "replacement": HALF.replacement, "swap": HALF.swap}
-    plan = make_plan(dense.scm, found, scores, dense.groups, orders, counts, **how)
+    planner = Planner(dense.scm, found, scores, dense.groups, orders, HALF.replacement, HALF.swap)
+    plan = planner.plan(counts, dense.sha256)
     assert plan.to_json() == (digits / "p").read_text()
     assert plan.sites
     assert any(site.windows for site in plan.sites)

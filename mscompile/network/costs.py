@@ -26,6 +26,9 @@ Counts = Mapping[int, int]
 Term = tuple[object, frozenset[int], Callable[[Counts], float]]
 """A part of the whole cost: its name, the groups that it depends on, and what it costs."""
 
+Axis = tuple[int, bytes, tuple[int, ...], int]
+"""What says how wide an axis is: the group of its units, these and their shape, and where among them the axis stands."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -58,8 +61,8 @@ class Costs:
     scm: Scm
     orders: Mapping[int, IntArray]
     inputs: Mapping[str, tuple[int, ...]]
-    _groups: dict[tuple[str, int], int | None] = field(default_factory=dict, repr=False)
-    _widths: dict[tuple[str, int, int], int] = field(default_factory=dict, repr=False)
+    _axis: dict[tuple[str, int], Axis | None] = field(default_factory=dict, repr=False)
+    _widths: dict[tuple[Axis, int], int] = field(default_factory=dict, repr=False)
     _dead: dict[tuple[int, int], IntArray] = field(default_factory=dict, repr=False)
     _on: dict[ir.Node, frozenset[int]] = field(default_factory=dict, repr=False)
     _costs: dict[tuple[object, tuple[tuple[int, int], ...]], float] = field(default_factory=dict, repr=False)
@@ -135,20 +138,28 @@ class Costs:
 
     def group(self, name: str, axis: int) -> int | None:
         """The group whose units an axis of a tensor carries; None where they stay, or it carries none."""
+        found = self._along(name, axis)
+        return None if found is None else found[0]
+
+    def _along(self, name: str, axis: int) -> Axis | None:
+        """What the width of an axis depends on; None where it is always the same."""
         key = name, axis
-        if key not in self._groups:
-            units = next((u for axes, u in self._labels.get(name, {}).items() if axis in axes), None)
-            self._groups[key] = None if units is None else self._group(units)
-        return self._groups[key]
+        if key not in self._axis:
+            axes, units = next(((axes, u) for axes, u in self._labels.get(name, {}).items() if axis in axes), ((), None))
+            group = None if units is None else self._group(units)
+            self._axis[key] = None
+            if units is not None and group is not None:
+                self._axis[key] = group, units.tobytes(), units.shape, axes.index(axis)
+        return self._axis[key]
 
     def width(self, name: str, axis: int, full: int, counts: Counts) -> int:
         """Places of an axis at given widths, `full` of them in the whole model."""
-        group = self.group(name, axis)
-        if group is None or counts.get(group, len(self.orders[group])) >= len(self.orders[group]):
+        along = self._along(name, axis)
+        if along is None or counts.get(along[0], len(self.orders[along[0]])) >= len(self.orders[along[0]]):
             return full
-        key = name, axis, counts[group]
+        key = along, counts[along[0]]
         if key not in self._widths:
-            left = width(self._labels[name], axis, self._gone(group, counts[group]))
+            left = width(self._labels[name], axis, self._gone(along[0], counts[along[0]]))
             self._widths[key] = full if left is None else left
         return self._widths[key]
 
@@ -163,7 +174,7 @@ class Costs:
             if any(site.border for site in sites) and not self._alike(sites):
                 retained = without_carriers(kept, order, self.scm.blocks, sites)
                 kept = with_carriers(retained, sites, np.setdiff1d(order, retained), self._standing)
-            gone = {*np.setdiff1d(order, kept).tolist()}
+            gone = {*order.tolist()}.difference(kept.tolist())
             self._dead[group, count] = self.scm.removable(gone, self._axes.get(group, ()))
         return self._dead[group, count]
 
@@ -178,13 +189,13 @@ class Costs:
 
     @cached_property
     def _axes(self) -> dict[int, list[IntArray]]:
-        """Units on every axis, by group."""
-        found: dict[int, list[IntArray]] = {}
+        """Units on every axis, by group; the same ones once."""
+        found: dict[int, dict[bytes, IntArray]] = {}
         for labels in self.scm.labels.values():
             for units in labels.values():
                 if (group := self._group(units)) is not None:
-                    found.setdefault(group, []).append(units)
-        return found
+                    found.setdefault(group, {})[units.tobytes()] = units.ravel()
+        return {group: [*axes.values()] for group, axes in found.items()}
 
     def shape(self, value: ir.Value, counts: Counts) -> Shape | None:
         """Shape of a tensor at given widths."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,16 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from mscompile.calibration.statistics import Statistics
-from mscompile.calibration.windows import determined, fit_window, window_name, window_weight
-from mscompile.errors import GoalError, UsageError
+from mscompile.errors import UsageError
 from mscompile.intake.documents import faults
 from mscompile.network.scm import Scm, Site
 from mscompile.operators import IntArray
 from mscompile.planning.constants import has_carriers
-from mscompile.planning.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Factor, Fit, fit_by_row
-from mscompile.planning.scores import MEASURABLE, Scores, joint_curvature
-from mscompile.planning.selection import retained_heads, retained_units, without_carriers
 from mscompile.runs.shelf import Shelf
 
 Integers = Annotated[
@@ -250,140 +244,3 @@ def _count(keep: Keep, size: int, where: str) -> int:
             hint="give a share such as 0.5 or a number such as 128",
         )
     return count
-
-
-def make_plan(
-    scm: Scm,
-    statistics: Statistics,
-    scores: Scores,
-    groups: Mapping[int, Sequence[Site]],
-    orders: Mapping[int, IntArray],
-    counts: Mapping[int, int],
-    *,
-    model_sha256: str,
-    replacement: str,
-    swap: float,
-    lossless: Mapping[int, int] | None = None,
-    predicted: bool = True,
-    factors: Mapping[str, Factor] | None = None,
-) -> Plan:
-    """Retain the units of each group that go last and fit replacements for the others.
-
-    Parameters
-    ----------
-    orders
-        Units by group in the order they go, see `mscompile.planning.selection`.
-    counts
-        Channels left in the compiled model by group. Where constants must reach a zero-padded border, some of them are the
-        carriers, so fewer units are retained.
-    replacement
-        One of `REPLACEMENTS`.
-    swap
-        Interchange probability that affine maps are fitted for.
-    lossless
-        By group, how many of the first units are functions of the others. Where no more go, least squares folds them without
-        loss, whatever an interchange may do.
-    predicted
-        Whether to predict each site's risk, which costs as much as the fit.
-    factors
-        By site tensor, what shortens its affine fits.
-    """
-    planned: list[SitePlan] = []
-    for group, count in counts.items():
-        sites = groups[group]
-        order = orders[group]
-        left = retained_units(order, count, scm.blocks, scm.frozen, sites)
-        retained = without_carriers(left, order, scm.blocks, sites)
-        if count == len(order) or not len(retained):
-            continue
-        # Whole heads or some channels of each: what costs less of what is no wider.
-        sets = [retained]
-        heads = retained_heads(order, count, scm.blocks, scm.frozen)
-        if heads is not None and len(heads) <= len(retained) and all(np.isin(site.units, heads).any() for site in sites):
-            sets.append(heads)
-        free = order[: (lossless or {}).get(group, 0)]
-        fitting = _Fitting(statistics, scores, replacement, swap, free, predicted or len(sets) > 1, factors or {})
-        plans = [fitting.group(sites, kept) for kept in sets]
-        planned += min(plans, key=lambda entries: sum(entry.predicted_risk or 0.0 for entry in entries))
-    place = {site.tensor: i for i, site in enumerate(scm.sites)}
-    planned.sort(key=lambda entry: place[entry.tensor])
-    return Plan(
-        model_sha256=model_sha256, objective=scores.objective, replacement=replacement, swap=swap, sites=tuple(planned)
-    )
-
-
-@dataclass(frozen=True)
-class _Fitting:
-    """How replacements of a group are fitted; `free` units cost nothing where least squares folds them."""
-
-    statistics: Statistics
-    scores: Scores
-    replacement: str
-    swap: float
-    free: IntArray
-    predicted: bool
-    factors: Mapping[str, Factor]
-
-    def group(self, sites: Sequence[Site], kept_units: IntArray) -> list[SitePlan]:
-        """Plans of the sites that lose units."""
-        cut = [site for site in sites if not np.isin(site.units, kept_units).all()]
-        lost = np.concatenate([site.units for site in cut]) if cut else self.free
-        lossless = np.isin(lost, np.union1d(kept_units, self.free)).all()
-        return [self.site(site, kept_units, 0.0 if lossless else self.swap) for site in cut]
-
-    def site(self, site: Site, kept_units: IntArray, swap: float) -> SitePlan:
-        """Plan of one site."""
-        stays = np.isin(site.units, kept_units)
-        kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
-        moments = self.statistics.moments[site.tensor]
-        if len(kept) == 0:
-            raise GoalError(
-                "no unit of a site would be left",
-                where=site.tensor,
-                why="units of the same group are all that is kept",
-                hint="keep more units",
-            )
-        if self.replacement == CONSTANT:
-            fit = Fit(self.scores.constants[site.tensor][replaced], None)
-        elif site.rows is not None:
-            fit = fit_by_row(AFFINE_FITS[self.replacement], moments, kept, replaced, swap, site.rows)
-        elif site.tensor in self.factors and self.factors[site.tensor].fits(kept, swap):
-            fit = self.factors[site.tensor].fit(kept, replaced)
-        else:
-            fit = AFFINE_FITS[self.replacement](moments, kept, replaced, swap)
-        windows: tuple[WindowPlan, ...] = ()
-        if self.replacement == WINDOWED:
-            windows = tuple(_plan_windows(site, self.statistics, kept, replaced, swap))
-        risk = None
-        if self.predicted and self.scores.basis[site.tensor].startswith(MEASURABLE):
-            error = fit.error_moment(moments, kept, replaced)
-            risk = max(0.5 * float(np.sum(joint_curvature(site, self.statistics)[np.ix_(replaced, replaced)] * error)), 0.0)
-        fields: dict[str, Any] = {
-            "name": site.tensor,
-            "tensor": site.tensor,
-            "axis": site.axis,
-            "size": site.size,
-            "kept": kept,
-            "lossless": replaced[np.isin(site.units[replaced], self.free)],
-            "constants": fit.constants,
-            "affine": fit.matrix,
-            "windows": windows,
-            "basis": self.scores.basis[site.tensor],
-            "predicted_risk": risk,
-        }
-        return SitePlan(**fields)
-
-
-def _plan_windows(
-    site: Site, statistics: Statistics, kept: IntArray, replaced: IntArray, swap: float
-) -> Iterator[WindowPlan]:
-    for reader in site.readers:
-        moments = statistics.windows.get(window_name(reader))
-        if moments is None or not determined(moments, len(kept)):
-            continue
-        refit = fit_window(moments, window_weight(site, reader, moments.window), kept, replaced, swap)
-        places = None
-        if not moments.window.kernel:
-            places = np.argsort(reader.index, kind="stable").reshape(site.size, -1)[kept]
-        columns, response = refit.columns.astype(np.float32), refit.response.astype(np.float32)
-        yield WindowPlan(reader=window_name(reader), places=places, columns=columns, response=response)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from mscompile.intake.samples import Samples
+from mscompile.planning.drafts import Draft
 from mscompile.planning.plan import SitePlan
 from mscompile.planning.scores import measured_risk
 from mscompile.planning.staged import StagedPass
@@ -28,12 +29,12 @@ class Probe:
         self._passing = StagedPass(tunable.graph, samples, batch_size, work)
         self._wanted = self._passing.outputs(list(outputs), tunable.weights(()))
 
-    def advance(self, tensor: str, plans: Iterable[SitePlan] = ()) -> None:
+    def advance(self, tensor: str, plans: Iterable[SitePlan | Draft] = ()) -> None:
         """Go on to a site under the plans of those before it."""
         for _ in self._passing.advance([tensor], self._tunable.weights(plans)):
             pass
 
-    def risk(self, plans: Iterable[SitePlan], basis: str) -> float:
+    def risk(self, plans: Iterable[SitePlan | Draft], basis: str) -> float:
         """Risk per sample, of the quantity that `basis` names; of plans before the place reached the same ones as there."""
         changed = self._passing.outputs(list(self._outputs), self._tunable.weights(plans))
         return measured_risk(basis, self._wanted, changed, self._outputs) / self._count

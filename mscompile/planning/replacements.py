@@ -95,7 +95,8 @@ class Factor:
     lower
         Cholesky factor L in that order.
     half
-        L⁻¹ times the cross-covariance ``(1−p) V + X`` of `fit_affine`, both axes in that order.
+        L⁻¹ times the cross-covariance ``(1−p) V + X`` of `fit_affine`, both axes in that order; above the diagonal alone
+        where samples have nothing in common.
     """
 
     moments: Moments
@@ -110,10 +111,12 @@ class Factor:
         sigma, common, places = moments.covariance, moments.common, np.ix_(order, order)
         bracket = interchanged(sigma, common, swap)[places]
         stabilise(bracket)
-        cross = ((1 - swap) * sigma + swap * common)[places]
         try:
             with blas_threads(len(bracket)):
                 lower = scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True)
+                if moments.shared is None:  # off the diagonal, where it is read, the cross-covariance is α times the bracket
+                    return cls(moments, swap, order, lower, nested_share(swap) * lower.T)
+                cross = ((1 - swap) * sigma + swap * common)[places]
                 return cls(moments, swap, order, lower, scipy.linalg.solve_triangular(lower, cross, lower=True))
         except scipy.linalg.LinAlgError:
             return None
@@ -132,6 +135,11 @@ class Factor:
         matrix = scipy.linalg.solve_triangular(self.lower[:k, :k], self.half[:k, k:], lower=True, trans="T")
         matrix = matrix[np.ix_(np.argsort(self.order[:k]), np.argsort(self.order[k:]))]
         return Fit(self.moments.mean[replaced] - self.moments.mean[kept] @ matrix, matrix.T)
+
+
+def nested_share(swap: float) -> float:
+    """α, by which the cross-covariance of `fit_affine` is off the diagonal a multiple of the bracket where X = 0."""
+    return (1 - swap) / ((1 - swap) ** 2 + swap**2)
 
 
 def fit_by_row(

@@ -262,11 +262,13 @@ def retained_units(
     sites
         Each keeps at least one unit.
     """
-    place = {unit: i for i, unit in enumerate(order.tolist())}
-    own = [block for block in blocks if block.inside(place.keys())]
-    stay = np.array([unit for unit in place if unit in frozen], dtype=np.int64)
+    units, last = order.tolist(), order[len(order) - count :]
+    stay = np.array([unit for unit in units if unit in frozen], dtype=np.int64) if frozen else order[:0]
+    members = frozenset(units) if blocks else frozenset()
+    own = [block for block in blocks if block.inside(members)]
     if not own:
-        return _with_each(sites, np.union1d(stay, order[len(order) - count :]), [], place, ())
+        return _with_each(sites, np.union1d(stay, last) if len(stay) else np.sort(last), [], units, ())
+    place = {unit: i for i, unit in enumerate(units)}
     shared, rest = [stay], order
     for block in _apart(own):
         rows = [sorted(set(row), key=lambda unit: place[unit]) for row in block.units.tolist()]
@@ -284,7 +286,7 @@ def _with_each(
     """As `even`; and of each site at least one unit."""
     stays = {*kept.tolist()}
     bare = [Block(site.units[None], np.array([-1])) for site in sites if stays.isdisjoint(site.units.tolist())]
-    return even(kept, [*blocks, *bare], order, gone)
+    return even(kept, [*blocks, *bare], order, gone) if blocks or bare else kept
 
 
 def without_carriers(left: IntArray, order: IntArray, blocks: Sequence[Block], sites: Sequence[Site]) -> IntArray:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from mscompile.calibration.windows import view_of, window_name
 from mscompile.network.dense import DenseModel
 from mscompile.network.scm import Reader, Site
+from mscompile.planning.drafts import Draft
 from mscompile.planning.plan import SitePlan
 from mscompile.planning.refits import Target
 from mscompile.runtime import Arrays
@@ -36,7 +37,7 @@ class Tunable:
 
     def __init__(self, source: DenseModel) -> None:
         self._source = source
-        self._fed: dict[str, tuple[SitePlan, Arrays]] = {}
+        self._fed: dict[str, tuple[SitePlan | Draft, Arrays]] = {}
         self._whole: Arrays = {}
         for site in source.sites:
             self._whole |= _feed(site, None)
@@ -49,9 +50,9 @@ class Tunable:
         laid_out = {name: array for name, array in self._whole.items() if array.ndim > 2}
         self.graph = tunable(skeleton_of(source.model), names, mixed).with_weights(laid_out)
 
-    def weights(self, plans: Iterable[SitePlan]) -> Arrays:
+    def weights(self, plans: Iterable[SitePlan | Draft]) -> Arrays:
         """Weights by name in the graph; sites without a plan are as in the dense model."""
-        given, fed = dict(self._whole), dict[str, tuple[SitePlan, Arrays]]()
+        given, fed = dict(self._whole), dict[str, tuple[SitePlan | Draft, Arrays]]()
         for plan in plans:
             known = self._fed.get(plan.tensor)
             if known is None or known[0] is not plan:
@@ -67,9 +68,13 @@ def _by_weights(site: Site) -> bool:
     return not site.pairings and all(view_of(site, reader) is not None for reader in site.readers)
 
 
-def _feed(site: Site, plan: SitePlan | None) -> Arrays:
+def _feed(site: Site, plan: SitePlan | Draft | None) -> Arrays:
     """Inputs of `tunable` for one site under a plan; what makes no difference where there is none."""
     found: Arrays = {}
+    if isinstance(plan, Draft):
+        for name, folding in plan.foldings.items():
+            found[WEIGHT + name], found[SHIFT + name] = folding.arrays(len(plan.kept))
+        return found
     folded = _by_weights(site)
     given = set() if plan is None else {window.reader for window in plan.windows}
     for reader in site.readers:

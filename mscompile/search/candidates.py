@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mscompile.calibration.statistics import Statistics
+from mscompile.calibration.windows import window_name
 from mscompile.clock import Clock
 from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.options import Options
-from mscompile.planning.plan import Plan, SitePlan, make_plan
+from mscompile.planning.drafts import Draft, Folding, folded_bytes, foldings
+from mscompile.planning.plan import Plan, SitePlan
+from mscompile.planning.planner import Planner
 from mscompile.planning.recalibration import Step, recalibrate
 from mscompile.planning.replacements import AFFINE_FITS, Factor, fit_affine
 from mscompile.planning.scores import Scores
@@ -27,8 +30,11 @@ from mscompile.runtime import Progress
 from mscompile.verification.metrics import METRICS
 from mscompile.verification.verify import Fidelity, Interchange, Law, make_pair
 
+Entry = TypeVar("Entry", SitePlan, SitePlan | Draft)
 Fits = tuple[Plan, Plan, tuple[Step, ...]]
 """A plan as fitted to the dense network, and after re-calibration, with its steps."""
+FOLDED_BYTES = 1 << 28
+"""What serves to fold drafts, at most; maps are solved for where there is no more room."""
 HELD_SAMPLES = 256
 """Samples on which risks are measured while candidates are made, at most."""
 
@@ -75,7 +81,8 @@ class Workshop:
     clock: Clock
     progress: Progress
     stage: Stage = FORGET
-    _planned: dict[tuple[int, int, bool], tuple[SitePlan, ...]] = field(default_factory=dict, repr=False)
+    _planned: dict[tuple[int, int], list[SitePlan]] = field(default_factory=dict, repr=False)
+    _drafted: dict[tuple[int, int], list[SitePlan | Draft]] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -103,35 +110,43 @@ class Workshop:
         order, scm = self.eliminations[group].order, self.source.scm
         return len(order) - len(without_carriers(order, order, scm.blocks, self.source.groups[group]))
 
-    def plans(self, counts: Mapping[int, int], *, predicted: bool = False) -> tuple[SitePlan, ...]:
-        """Plans of the sites that are cut, in the order of the graph; `predicted` as in `make_plan`."""
-        found: list[SitePlan] = []
-        for group, count in counts.items():
-            key = group, count, predicted
-            if key not in self._planned:
-                planned = self._plan({group: count}, predicted=predicted).sites
-                self._planned[key] = tuple(plan.on(self._shelf) for plan in planned)
-            found += self._planned[key]
-        place = {site.tensor: i for i, site in enumerate(self.source.scm.sites)}
-        return tuple(sorted(found, key=lambda plan: place[plan.tensor]))
+    def plans(self, counts: Mapping[int, int]) -> tuple[SitePlan, ...]:
+        """Plans of the sites that are cut, in the order of the graph."""
+        return self._of(counts, self._planned, self._planner.group)
 
-    def _plan(self, counts: Mapping[int, int], *, predicted: bool = True) -> Plan:
-        source, options = self.source, self.options
-        with self.clock.time("plan"):
-            return make_plan(
-                source.scm,
-                self.statistics,
-                self.scores,
-                source.groups,
-                {group: elimination.order for group, elimination in self.eliminations.items()},
-                counts,
-                model_sha256=source.sha256,
-                replacement=options.replacement,
-                swap=options.swap,
-                lossless={group: elimination.lossless for group, elimination in self.eliminations.items()},
-                predicted=predicted,
-                factors=self._factors,
-            )
+    def drafts(self, counts: Mapping[int, int]) -> tuple[SitePlan | Draft, ...]:
+        """The same to be tried, see `Planner.drafts`."""
+        return self._of(counts, self._drafted, self._planner.drafts)
+
+    def _of(
+        self, counts: Mapping[int, int], known: dict[tuple[int, int], list[Entry]], make: Callable[[int, int], list[Entry]]
+    ) -> tuple[Entry, ...]:
+        found: list[Entry] = []
+        for key in counts.items():
+            if key not in known:
+                with self.clock.time("plan"):
+                    known[key] = [entry.on(self._shelf) for entry in make(*key)]
+            found += known[key]
+        return tuple(sorted(found, key=lambda entry: self._places[entry.tensor]))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {site.tensor: i for i, site in enumerate(self.source.scm.sites)}
+
+    @cached_property
+    def _planner(self) -> Planner:
+        return Planner(
+            self.source.scm,
+            self.statistics,
+            self.scores,
+            self.source.groups,
+            {group: elimination.order for group, elimination in self.eliminations.items()},
+            self.options.replacement,
+            self.options.swap,
+            {group: elimination.lossless for group, elimination in self.eliminations.items()},
+            self._factors,
+            self._foldings,
+        )
 
     @cached_property
     def _shelf(self) -> Shelf:
@@ -154,6 +169,18 @@ class Workshop:
                     found[site.tensor] = factor.on(self._shelf)
         return found
 
+    @cached_property
+    def _foldings(self) -> dict[str, dict[str, Folding]]:
+        """By site tensor and reader, as far as there is room for them."""
+        found, left = {}, FOLDED_BYTES
+        for tensor, factor in self._factors.items():
+            site = self.source.scm.site(tensor)
+            windowed = any(window_name(reader) in self.statistics.windows for reader in site.readers)
+            if not windowed and (made := foldings(site, factor, left)):
+                found[tensor] = made
+                left -= folded_bytes(site)
+        return found
+
     def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
         """Plan, re-calibrate where asked for, rewrite, and open for interchange."""
         return self.opened(*self.fit(counts, recalibrated=recalibrated))
@@ -161,7 +188,7 @@ class Workshop:
     def fit(self, counts: Mapping[int, int], *, recalibrated: bool) -> Fits:
         """Plan, and re-calibrate where asked for."""
         source, options = self.source, self.options
-        fitted = self._plan({}).model_copy(update={"sites": self.plans(counts, predicted=True)})
+        fitted = self._planner.plan({}, source.sha256).model_copy(update={"sites": self.plans(counts)})
         plan = fitted
         steps: tuple[Step, ...] = ()
         if recalibrated and fitted.sites:

@@ -133,7 +133,7 @@ class Frontier:
             steps = list(descend(self.curves(), self.cost("size")))
             chosen = [steps[i] for i in ladder([size for _, size in steps])]
             with self.workshop.clock.time("search"):
-                found = [(*step, self.measure(step[0], "choose")) for step in chosen if self.workshop.plans(step[0])]
+                found = [(*step, self.measure(step[0], "choose")) for step in chosen if self.workshop.drafts(step[0])]
             with self.workshop.clock.time("measure"):
                 self._tried = tuple(self._described(*entry) for entry in found)
         return self._tried
@@ -159,7 +159,7 @@ class Frontier:
         samples = workshop.parts[part]
 
         def found() -> dict[str, Any]:
-            plans = workshop.plans(counts)
+            plans = workshop.drafts(counts)
             return vars(self.sweep.measure(plans, samples, law=options.law, swap=options.swap, seed=options.seed))
 
         name = f"candidate-{part}-{digest(sorted((int(group), int(count)) for group, count in counts.items()))}"

@@ -50,7 +50,7 @@ class GroupRisks:
         while group in self._ahead:
             self._probe.advance(self.places[self._ahead.pop(0)])
         for count in map(int, counts):
-            plans = self._workshop.plans({group: count})
+            plans = self._workshop.drafts({group: count})
             if plans and all(predictable(plan.basis) for plan in plans):
                 found[count] = self._probe.risk(plans, plans[0].basis)
         return found

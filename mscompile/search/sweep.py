@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
+from mscompile.planning.drafts import Draft
 from mscompile.planning.plan import SitePlan
 from mscompile.planning.staged import Ahead, StagedPass
 from mscompile.planning.tuning import Tunable
@@ -115,10 +116,10 @@ class Sweep:
         first = next(samples.batches(min(batch_size, len(samples))))
         self.metric = metric or default_metric(self.dense.read(first, [self.output])[self.output])
 
-    def measure(self, plans: Sequence[SitePlan], samples: Samples, *, law: Law, swap: float, seed: int) -> Point:
+    def measure(self, plans: Sequence[SitePlan | Draft], samples: Samples, *, law: Law, swap: float, seed: int) -> Point:
         """Interchange under a law over disjoint pairs of samples, as `Interchange` does, and agreement on their bases."""
-        kept = {plan.tensor: plan.kept for plan in plans}
-        places = {patch.tensor: i for i, patch in enumerate(p for p in self.patches if p.tensor in kept)}
+        retained = {plan.tensor: np.isin(np.arange(self.source.scm.site(plan.tensor).size), plan.kept) for plan in plans}
+        places = {patch.tensor: i for i, patch in enumerate(p for p in self.patches if p.tensor in retained)}
         bench = self._bench(samples, seed)
         candidate = bench.bases.ahead([self.output], self._tunable.weights(plans))
         trials, lost, differ = 0, 0.0, 0.0
@@ -126,9 +127,7 @@ class Sweep:
             drawn, values = (batch.places * len(places)).astype(np.int64), self._values(batch)
             settings: dict[str, Setting] = {}
             for tensor, place in places.items():
-                unit = batch.units[tensor]
-                mask = np.zeros(unit.shape, dtype=np.bool_)
-                mask[:, kept[tensor]] = unit[:, kept[tensor]] < swap
+                mask = (batch.units[tensor] < swap) & retained[tensor]
                 if law == "one-site":
                     mask &= (drawn == place)[:, None]
                 settings[tensor] = mask, values[tensor]

@@ -19,7 +19,8 @@ from mscompile.network.dense import DenseModel
 from mscompile.network.sizes import count_parameters
 from mscompile.operators import IntArray
 from mscompile.options import Options
-from mscompile.planning.plan import Keep, Plan, make_plan, resolve_keep
+from mscompile.planning.plan import Keep, Plan, resolve_keep
+from mscompile.planning.planner import Planner
 from mscompile.planning.scores import OBJECTIVES, Scores, score
 from mscompile.planning.selection import eliminate_by_score, eliminate_jointly
 from mscompile.rewrite import Compiled, rewrite
@@ -95,17 +96,8 @@ def candidate_of(
     swap: float = 0.1,
 ) -> Candidate:
     """Plan at `keep`, affine maps fitted for the swap probability, and carry the plan out."""
-    plan = make_plan(
-        dense.scm,
-        statistics,
-        scores,
-        dense.groups,
-        orders,
-        resolve_keep(dense.scm, dense.groups, keep),
-        model_sha256=dense.sha256,
-        replacement=replacement,
-        swap=swap,
-    )
+    planner = Planner(dense.scm, statistics, scores, dense.groups, orders, replacement, swap)
+    plan = planner.plan(resolve_keep(dense.scm, dense.groups, keep), dense.sha256)
     compiled = rewrite(dense.model, plan)
     return Candidate(plan, compiled, make_pair(dense.scm, compiled.model, plan, compiled.alignment))
 
