@@ -135,18 +135,19 @@ class Workshop:
 
     @cached_property
     def _planner(self) -> Planner:
-        return Planner(
-            self.source.scm,
-            self.statistics,
-            self.scores,
-            self.source.groups,
-            {group: elimination.order for group, elimination in self.eliminations.items()},
-            self.options.replacement,
-            self.options.swap,
-            {group: elimination.lossless for group, elimination in self.eliminations.items()},
-            self._factors,
-            self._foldings,
-        )
+        with self.clock.time("plan"):
+            return Planner(
+                self.source.scm,
+                self.statistics,
+                self.scores,
+                self.source.groups,
+                {group: elimination.order for group, elimination in self.eliminations.items()},
+                self.options.replacement,
+                self.options.swap,
+                {group: elimination.lossless for group, elimination in self.eliminations.items()},
+                self._factors,
+                self._foldings,
+            )
 
     @cached_property
     def _shelf(self) -> Shelf:
