@@ -287,7 +287,7 @@ def test_a_site_alone_is_replaced_for_all_that_uses_it() -> None:
     assert risks["r"] == pytest.approx(0.5 * float((moved**2).sum(axis=1).mean()), rel=CLOSE)
 
 
-def dense_layers() -> Workshop:
+def dense_layers(kind: str = "float") -> Workshop:
     """Two hidden layers of 24 units: weights that lie either way, one scaled, and a site with two readers."""
     rng, text = (
         np.random.default_rng(0),
@@ -298,12 +298,17 @@ def dense_layers() -> Workshop:
     )
     shapes = {"a": (8, 24), "b": (24, 24), "c": (24,), "d": (24, 3), "e": (3, 24)}
     weights = {name: rng.standard_normal(shape).astype(np.float32) / 4 for name, shape in shapes.items()}
-    graph = weightless(onnx.parser.parse_model(text)).with_weights(weights)
-    return workshop(graph.whole(), {"x": rng.standard_normal((600, 8)).astype(np.float32)})
+    dtype = np.float16 if kind == "float16" else np.float32
+    graph = weightless(onnx.parser.parse_model(text.replace("float[", f"{kind}["))).with_weights(
+        {name: weight.astype(dtype) for name, weight in weights.items()}
+    )
+    return workshop(graph.whole(), {"x": rng.standard_normal((600, 8)).astype(dtype)})
 
 
-def test_drafts_fold_what_plans_fold_whatever_was_tried_before() -> None:
-    made, readers = dense_layers(), 0
+@pytest.mark.parametrize(("kind", "close"), [("float", CLOSE), ("float16", 2e-3)])
+def test_drafts_fold_what_plans_fold_whatever_was_tried_before(kind: str, close: float) -> None:
+    """To `close` of the largest weight: the floor of the ridge, and a few units in the last of eleven places."""
+    made, readers = dense_layers(kind), 0
     dense = made.tunable.weights(())
     for count in (20, 7, 2, 15, 23, 7):
         counts = dict.fromkeys(made.eliminations, count)
@@ -314,8 +319,9 @@ def test_drafts_fold_what_plans_fold_whatever_was_tried_before() -> None:
             np.testing.assert_array_equal(draft.kept, plan.kept)
         found, wanted = made.tunable.weights(drafts), made.tunable.weights(plans)
         assert found.keys() == wanted.keys()
+        most = max(float(np.abs(weight).max()) for weight in wanted.values())
         for name, weight in wanted.items():
-            np.testing.assert_allclose(found[name], weight, rtol=0, atol=CLOSE * np.abs(weight).max())
+            np.testing.assert_allclose(found[name], weight, rtol=0, atol=close * most)
             assert found[name].dtype == weight.dtype
             readers += name.startswith(WEIGHT) and not np.allclose(weight, dense[name])
     assert readers == 6 * 3, "all of them lose rows"

@@ -50,6 +50,7 @@ class Folding:
         places = np.argsort(reader.index, kind="stable")[factor.order]
         alpha = nested_share(factor.swap)
         weight = np.moveaxis(np.take(dense, places, self._axis), self._axis, 0)
+        self._kind, weight = dense.dtype, weight.astype(np.promote_types(dense.dtype, np.float32), order="K", copy=False)
         self._upper, self._mean, self._back = upper, factor.moments.mean[factor.order], np.argsort(places)
         self._response = self._mean @ weight
         self._kept = (1 - alpha) * weight
@@ -69,9 +70,9 @@ class Folding:
         else:
             change[:before] += self._sum
             self._sum = change
-        whole = np.zeros_like(self._kept)
-        columns = whole[:count]
-        np.add(self._kept[:count], self._sum, out=columns, casting="same_kind")
+        columns = self._kept[:count] + self._sum
+        whole = np.zeros_like(self._kept, self._kind)
+        whole[:count] = columns
         response = self._response - self._mean[:count] @ columns
         weight = np.take(np.moveaxis(whole, 0, self._axis), self._back, self._axis)
         return weight, (self._gain * response).astype(weight.dtype)
