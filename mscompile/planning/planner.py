@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from mscompile.planning.plan import Plan, SitePlan, WindowPlan
 from mscompile.planning.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Factor, Fit, fit_by_row
 from mscompile.planning.scores import MEASURABLE, Scores, joint_curvature
 from mscompile.planning.selection import retained_heads, retained_units, without_carriers
+
+Entry = TypeVar("Entry", SitePlan, SitePlan | Draft)
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,18 @@ class Planner:
     def plan(self, counts: Mapping[int, int], model_sha256: str) -> Plan:
         """The plan of a model for so many channels left in it by group."""
         planned = [entry for group, count in counts.items() for entry in self.group(group, count)]
-        place = {site.tensor: i for i, site in enumerate(self.scm.sites)}
         return Plan(
             model_sha256=model_sha256,
             objective=self.scores.objective,
             replacement=self.replacement,
             swap=self.swap,
-            sites=tuple(sorted(planned, key=lambda entry: place[entry.tensor])),
+            sites=self.in_order(planned),
         )
+
+    def in_order(self, entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        """By their sites' places in the graph."""
+        place = {site.tensor: i for i, site in enumerate(self.scm.sites)}
+        return tuple(sorted(entries, key=lambda entry: place[entry.tensor]))
 
     def group(self, group: int, count: int) -> list[SitePlan]:
         """Plans of the sites of a group that lose units, with their predicted risks.
@@ -145,8 +152,8 @@ class Planner:
             size=site.size,
             kept=kept,
             lossless=replaced[np.isin(site.units[replaced], self._free(group))],
-            constants=fit.constants,  # type: ignore[arg-type]
-            affine=fit.matrix,  # type: ignore[arg-type]
+            constants=fit.constants.astype(np.float32),
+            affine=None if fit.matrix is None else fit.matrix.astype(np.float32),
             windows=windows,
             basis=self.scores.basis[site.tensor],
             predicted_risk=risk,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from mscompile.network.dense import DenseModel
 from mscompile.options import Options
 from mscompile.planning.drafts import Draft, Folding, folded_bytes, foldings
 from mscompile.planning.plan import Plan, SitePlan
-from mscompile.planning.planner import Planner
+from mscompile.planning.planner import Entry, Planner
 from mscompile.planning.recalibration import Step, recalibrate
 from mscompile.planning.replacements import AFFINE_FITS, Factor, fit_affine
 from mscompile.planning.scores import Scores
@@ -30,7 +30,6 @@ from mscompile.runtime import Progress
 from mscompile.verification.metrics import METRICS
 from mscompile.verification.verify import Fidelity, Interchange, Law, make_pair
 
-Entry = TypeVar("Entry", SitePlan, SitePlan | Draft)
 Fits = tuple[Plan, Plan, tuple[Step, ...]]
 """A plan as fitted to the dense network, and after re-calibration, with its steps."""
 FOLDED_BYTES = 1 << 28
@@ -127,11 +126,7 @@ class Workshop:
                 with self.clock.time("plan"):
                     known[key] = [entry.on(self._shelf) for entry in make(*key)]
             found += known[key]
-        return tuple(sorted(found, key=lambda entry: self._places[entry.tensor]))
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {site.tensor: i for i, site in enumerate(self.source.scm.sites)}
+        return self._planner.in_order(found)
 
     @cached_property
     def _planner(self) -> Planner:
