@@ -62,10 +62,11 @@ class Costs:
     orders: Mapping[int, IntArray]
     inputs: Mapping[str, tuple[int, ...]]
     _axis: dict[tuple[str, int], Axis | None] = field(default_factory=dict, repr=False)
+    _cut: dict[str, list[int]] = field(default_factory=dict, repr=False)
     _widths: dict[tuple[Axis, int], int] = field(default_factory=dict, repr=False)
     _dead: dict[tuple[int, int], IntArray] = field(default_factory=dict, repr=False)
     _on: dict[ir.Node, frozenset[int]] = field(default_factory=dict, repr=False)
-    _costs: dict[tuple[object, tuple[tuple[int, int], ...]], float] = field(default_factory=dict, repr=False)
+    _costs: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False)
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -169,14 +170,25 @@ class Costs:
 
     def _gone(self, group: int, count: int) -> IntArray:
         if (group, count) not in self._dead:
-            order, sites = self.orders[group], [site for site in self.scm.sites if site.group == group]
+            order, sites = self.orders[group], self._sites.get(group, ())
             kept = retained_units(order, count, self.scm.blocks, self.scm.frozen, sites)
             if any(site.border for site in sites) and not self._alike(sites):
                 retained = without_carriers(kept, order, self.scm.blocks, sites)
                 kept = with_carriers(retained, sites, np.setdiff1d(order, retained), self._standing)
-            gone = {*order.tolist()}.difference(kept.tolist())
+            gone = self._units[group].difference(kept.tolist())
             self._dead[group, count] = self.scm.removable(gone, self._axes.get(group, ()))
         return self._dead[group, count]
+
+    @cached_property
+    def _sites(self) -> dict[int, list[Site]]:
+        found: dict[int, list[Site]] = {}
+        for site in self.scm.sites:
+            found.setdefault(site.group, []).append(site)
+        return found
+
+    @cached_property
+    def _units(self) -> dict[int, frozenset[int]]:
+        return {group: frozenset(order.tolist()) for group, order in self.orders.items()}
 
     def _alike(self, sites: Sequence[Site]) -> bool:
         """Whether it makes no difference to the widths which units of a reader that pads carry constants."""
@@ -200,9 +212,15 @@ class Costs:
     def shape(self, value: ir.Value, counts: Counts) -> Shape | None:
         """Shape of a tensor at given widths."""
         full = self.shapes.get(value.name or "")
-        if full is None:
-            return None
-        return tuple(self.width(value.name or "", a, d, counts) if isinstance(d, int) else d for a, d in enumerate(full))
+        return None if full is None else self._sized(value.name or "", full, counts)
+
+    def _sized(self, name: str, full: Shape, counts: Counts) -> Shape:
+        if name not in self._cut:
+            self._cut[name] = [axis for axis, dim in enumerate(full) if isinstance(dim, int) and self._along(name, axis)]
+        found = [*full]
+        for axis in self._cut[name]:
+            found[axis] = self.width(name, axis, full[axis], counts)  # type: ignore[arg-type]
+        return tuple(found)
 
     def view(self, node: ir.Node, counts: Counts) -> NodeView:
         """A node with the shapes of its operands at given widths."""
@@ -230,7 +248,7 @@ class Costs:
         """Costs that depend on the widths of a few groups each, remembered by these."""
         total = 0.0
         for name, groups, cost in terms:
-            key = name, tuple((group, counts[group]) for group in groups if group in counts)
+            key = name, *map(counts.get, groups)
             if key not in self._costs:
                 self._costs[key] = cost(counts)
             total += self._costs[key]
@@ -240,7 +258,7 @@ class Costs:
         """Elements of a parameter, and of the copies it falls into where its uses are cut in several ways."""
         uses = self._uses.get(name, [])
         if len(uses) < 2:
-            return float(math.prod(self.width(name, a, d, counts) for a, d in enumerate(shape)))
+            return float(math.prod(self._sized(name, shape, counts)))  # type: ignore[arg-type]
         copies: dict[object, int] = {}
         for number, use in enumerate(uses):
             left = {axis: np.flatnonzero(~np.isin(units, self._gone_at(units, counts))) for axis, units in use.units.items()}

@@ -108,7 +108,9 @@ class Scm:
                 left = np.array(sorted(self._in_blocks - gone), dtype=np.int64)
                 gone -= {*even(left, self.blocks, (), heads.keys()).tolist()}
                 gone |= heads.keys()
-            kept = {int(units.flat[0]) for units in axes if gone.issuperset(units.ravel().tolist())}
+            kept = {
+                int(units.flat[0]) for units in axes if units.flat[0] in gone and gone.issuperset(units.ravel().tolist())
+            }
             if not kept & dead:  # else what stays may bring others back
                 return np.array(sorted(gone - kept), dtype=np.int64)
             dead -= kept

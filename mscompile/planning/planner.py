@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from mscompile.calibration.statistics import Statistics
 from mscompile.calibration.windows import determined, fit_window, window_name, window_weight
 from mscompile.errors import GoalError
 from mscompile.network.scm import Scm, Site
+from mscompile.network.units import among
 from mscompile.operators import IntArray
 from mscompile.planning.drafts import Draft, Folding
 from mscompile.planning.plan import Plan, SitePlan, WindowPlan
@@ -19,6 +21,7 @@ from mscompile.planning.replacements import AFFINE_FITS, CONSTANT, WINDOWED, Fac
 from mscompile.planning.scores import MEASURABLE, Scores, joint_curvature
 from mscompile.planning.selection import retained_heads, retained_units, without_carriers
 
+Stays = npt.NDArray[np.bool_]
 Entry = TypeVar("Entry", SitePlan, SitePlan | Draft)
 
 
@@ -76,7 +79,7 @@ class Planner:
         Where constants must reach a zero-padded border, some of the channels left are carriers, so fewer units are retained.
         """
         plans = [
-            [self._site(site, group, kept, swap) for site, swap in self._cut(group, kept)]
+            [self._site(site, group, stays, swap) for site, stays, swap in self._cut(group, kept)]
             for kept in self._sets(group, count)
         ]
         return min(plans, key=lambda entries: sum(entry.predicted_risk or 0.0 for entry in entries), default=[])
@@ -87,13 +90,13 @@ class Planner:
         if len(sets) != 1:
             return [*self.group(group, count)]
         found: list[SitePlan | Draft] = []
-        for site, swap in self._cut(group, sets[0]):
-            kept = np.flatnonzero(np.isin(site.units, sets[0]))
+        for site, stays, swap in self._cut(group, sets[0]):
+            kept = np.flatnonzero(stays)
             factor, foldings = self.factors.get(site.tensor), self.foldings.get(site.tensor)
             if foldings and factor is not None and len(kept) and factor.fits(kept, swap):
                 found.append(Draft(site.tensor, kept, self.scores.basis[site.tensor], foldings))
             else:
-                found.append(self._site(site, group, sets[0], swap, predicted=False))
+                found.append(self._site(site, group, stays, swap, predicted=False))
         return found
 
     def _sets(self, group: int, count: int) -> list[IntArray]:
@@ -112,15 +115,14 @@ class Planner:
         """Units that cost nothing where least squares folds them."""
         return self.orders[group][: self.lossless.get(group, 0)]
 
-    def _cut(self, group: int, kept_units: IntArray) -> list[tuple[Site, float]]:
-        """Sites that lose units, and the swap probability to fit for."""
-        cut = [site for site in self.groups[group] if not np.isin(site.units, kept_units).all()]
-        lost = np.concatenate([site.units for site in cut] or [kept_units])
-        lossless = np.isin(lost, np.union1d(kept_units, self._free(group))).all()
-        return [(site, 0.0 if lossless else self.swap) for site in cut]
+    def _cut(self, group: int, kept_units: IntArray) -> list[tuple[Site, Stays, float]]:
+        """Sites that lose units, which of their channels stay, and the swap probability to fit for."""
+        stays = [(site, among(site.units, kept_units)) for site in self.groups[group]]
+        cut, free = [(site, left) for site, left in stays if not left.all()], self._free(group)
+        lossless = all(among(site.units[~left], free).all() for site, left in cut)
+        return [(site, left, 0.0 if lossless else self.swap) for site, left in cut]
 
-    def _site(self, site: Site, group: int, kept_units: IntArray, swap: float, *, predicted: bool = True) -> SitePlan:
-        stays = np.isin(site.units, kept_units)
+    def _site(self, site: Site, group: int, stays: Stays, swap: float, *, predicted: bool = True) -> SitePlan:
         kept, replaced = np.flatnonzero(stays), np.flatnonzero(~stays)
         moments = self.statistics.moments[site.tensor]
         if len(kept) == 0:

@@ -37,7 +37,7 @@ import scipy.linalg
 from mscompile.calibration.statistics import Statistics
 from mscompile.machine import blas_threads
 from mscompile.network.scm import Site
-from mscompile.network.units import Block, even
+from mscompile.network.units import Block, among, even
 from mscompile.operators import IntArray
 from mscompile.planning.replacements import RIDGE, TINY, interchanged, stabilise
 from mscompile.planning.scores import Scores, joint_curvature
@@ -263,7 +263,7 @@ def retained_units(
         Each keeps at least one unit.
     """
     units, last = order.tolist(), order[len(order) - count :]
-    stay = np.array([unit for unit in units if unit in frozen], dtype=np.int64) if frozen else order[:0]
+    stay = np.array([*filter(frozen.__contains__, units)], dtype=np.int64)
     members = frozenset(units) if blocks else frozenset()
     own = [block for block in blocks if block.inside(members)]
     if not own:
@@ -284,8 +284,7 @@ def _with_each(
     sites: Sequence[Site], kept: IntArray, blocks: Sequence[Block], order: Iterable[int], gone: Collection[int]
 ) -> IntArray:
     """As `even`; and of each site at least one unit."""
-    stays = {*kept.tolist()}
-    bare = [Block(site.units[None], np.array([-1])) for site in sites if stays.isdisjoint(site.units.tolist())]
+    bare = [Block(site.units[None], np.array([-1])) for site in sites if not among(site.units, kept).any()]
     return even(kept, [*blocks, *bare], order, gone) if blocks or bare else kept
 
 
