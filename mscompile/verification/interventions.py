@@ -11,6 +11,7 @@ Useful by itself, for activation patching in any framework that exports ONNX:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,14 @@ class Intervened:
         tensors = [patch.tensor for patch in patches]
         self.outputs = [output.name for output in graph.output]
         self._plain = Session(probe(skeleton, tensors), optimise=optimise, threads=threads, spin=False)
-        surgery = patched(skeleton, patches)
-        self._patched = Session(surgery, optimise=optimise, threads=threads, spin=False)
-        self._dtypes = {
-            i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in surgery.proto.graph.input
-        }
+        self._surgery = patched(skeleton, patches)
+        self._open = partial(Session, optimise=optimise, threads=threads, spin=False)
+        inputs = self._surgery.proto.graph.input
+        self._dtypes = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in inputs}
+
+    @cached_property
+    def _patched(self) -> Session:
+        return self._open(self._surgery)
 
     def read(self, inputs: Feed, names: Sequence[str] | None = None) -> Arrays:
         """Outputs and sites of a plain run, or those of them that are named."""
