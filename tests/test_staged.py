@@ -106,6 +106,23 @@ def test_weights_ahead_may_change_and_those_behind_do_not_count(data: Samples) -
     assert np.abs(found["y"] - old["y"]).max() > 0.1
 
 
+def test_what_leads_to_given_tensors_is_not_run(data: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, rng, opened = network(), np.random.default_rng(2), []
+    make = StagedPass._session
+    monkeypatch.setattr(StagedPass, "_session", lambda self, *rest: opened.append(rest[0]) or make(self, *rest))
+    stages, maker = StagedPass(graph, data, 4), [node.output[0] for node in graph.proto.graph.node].index("t")
+    given = rng.standard_normal((11, 6)).astype(np.float32)
+    old, found = (
+        stages.outputs(["y"], {}),
+        stages.outputs(["y", "t"], {}, [{"t": given[:4]}, {"t": given[4:8]}, {"t": given[8:]}]),
+    )
+    assert [maker in numbers for numbers in opened] == [True, False]
+    np.testing.assert_array_equal(found["t"], given)
+    np.testing.assert_allclose(found["y"], (given**2 + given) @ graph.weights["c"].T, rtol=CLOSE, atol=CLOSE)
+    np.testing.assert_array_equal(stages.outputs(["y"], {})["y"], old["y"], "it is made again where it is not given")
+    assert len(opened) == 2, "each has its session"
+
+
 def test_weights_that_are_inputs_take_one_session(data: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, rng, opened = network(), np.random.default_rng(2), []
     make = StagedPass._session

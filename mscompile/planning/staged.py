@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -19,6 +20,8 @@ from mscompile.verification.skeletons import Skeleton, Weights
 
 NO_ARRAYS = ("Sequence", "Optional")
 """What operators are called that give or take something else than arrays, which cannot be held: such graphs run in one."""
+
+NONE: Weights = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class StagedPass:
         self._given = self._inputs.keys() - self._held[0].keys() - {tensor.name for tensor in graph.proto.graph.initializer}
         self._varying = self._behind_inputs()
         self._done: set[int] = set()
-        self._sessions: dict[tuple[str, ...], Session] = {}
+        self._sessions: dict[tuple[tuple[str, ...], ...], Session] = {}
         self._arrays = not any(word in node.op_type for node in nodes for word in NO_ARRAYS)
 
     def advance(self, names: Sequence[str], weights: Weights) -> Iterator[Arrays]:
@@ -85,14 +88,20 @@ class StagedPass:
         given = self._given - weights.keys()
         return given.isdisjoint(name for i in self._needed([name]) for name in self._reads[i])
 
-    def ahead(self, names: Sequence[str], weights: Weights) -> Ahead:
-        """What leads from the place reached to the named tensors."""
-        return self._open(self._needed(names), names, weights)
+    def ahead(self, names: Sequence[str], weights: Weights, given: Weights = NONE) -> Ahead:
+        """What leads from the place reached to the named tensors.
 
-    def outputs(self, names: Sequence[str], weights: Weights) -> Arrays:
-        """Outputs of the graph for all samples, from the place reached."""
-        ahead = self.ahead(names, weights)
-        found = [ahead.run(number) for number in range(len(self._held))]
+        Parameters
+        ----------
+        given
+            Tensors that every run is to be given, as they are in any batch: what leads to them alone is not run.
+        """
+        return self._open(self._needed(names, given), names, weights, given)
+
+    def outputs(self, names: Sequence[str], weights: Weights, given: Sequence[Arrays] = ()) -> Arrays:
+        """Outputs of the graph for all samples, from the place reached and what is given, batch by batch."""
+        ahead = self.ahead(names, weights, given[0] if given else NONE)
+        found = [ahead.run(number, given[number] if given else None) for number in range(len(self._held))]
         return {name: np.concatenate([part[name] for part in found]) for name in names}
 
     def _behind_inputs(self) -> set[int]:
@@ -104,31 +113,32 @@ class StagedPass:
                 names.update(node.output)
         return found
 
-    def _needed(self, names: Iterable[str]) -> set[int]:
-        """Numbers of nodes between what is held and the named tensors."""
-        found: set[int] = set()
-        ahead = [name for name in names if name not in self._held[0]]
+    def _needed(self, names: Iterable[str], given: Weights = NONE) -> set[int]:
+        """Numbers of nodes between what is held or given and the named tensors."""
+        found, known = set[int](), self._held[0].keys() | given.keys()
+        ahead = [name for name in names if name not in known]
         while ahead:
             maker = self._maker.get(ahead.pop())
             if maker is not None and maker not in found:
                 found.add(maker)
-                ahead += [name for name in self._reads[maker] if name not in self._held[0]]
+                ahead += [name for name in self._reads[maker] if name not in known]
         return found
 
-    def _open(self, numbers: set[int], names: Sequence[str], weights: Weights) -> Ahead:
+    def _open(self, numbers: set[int], names: Sequence[str], weights: Weights, given: Weights = NONE) -> Ahead:
         """These nodes as a graph of their own, whose session serves other weights as well where all of them are inputs."""
-        wanted = tuple(name for name in names if name not in self._held[0])
+        wanted = tuple(name for name in names if name not in self._held[0] and name not in given)
         read = {name for i in numbers for name in self._reads[i]}
         serves = read.isdisjoint(weights.keys() - self._given)
-        session = self._sessions.get(wanted) if serves else None
+        key = wanted, tuple(given)
+        session = self._sessions.get(key) if serves else None
         if wanted and session is None:
-            session = self._session(numbers, read, wanted, weights)
+            session = self._session(numbers, read, wanted, weights, given)
             if serves:
-                self._sessions[wanted] = session
+                self._sessions[key] = session
         return Ahead(names, session, self._held, weights)
 
-    def _session(self, numbers: set[int], read: set[str], names: Iterable[str], weights: Weights) -> Session:
-        whole, held, part = self._graph.proto, self._held[0], onnx.ModelProto()
+    def _session(self, numbers: set[int], read: set[str], names: Iterable[str], weights: Weights, given: Weights) -> Session:
+        whole, held, part = self._graph.proto, {**self._held[0], **given}, onnx.ModelProto()
         part.CopyFrom(
             onnx.ModelProto(ir_version=whole.ir_version, opset_import=whole.opset_import, functions=whole.functions)
         )
