@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,9 +20,10 @@ from mscompile.clock import Clock
 from mscompile.intake.data import read
 from mscompile.models import path as shipped
 from mscompile.network.dense import open_dense
-from mscompile.planning.drafts import Draft
+from mscompile.planning.drafts import Draft, Folding, drafted
 from mscompile.planning.plan import SitePlan
 from mscompile.planning.preparation import eliminate, split, what_to_measure
+from mscompile.planning.probe import Probe
 from mscompile.planning.recalibration import recalibrate
 from mscompile.planning.refits import Sums, Target
 from mscompile.planning.scores import measured_risk, score
@@ -34,6 +36,7 @@ from mscompile.search.candidates import Workshop
 from mscompile.search.risks import GroupRisks
 from mscompile.search.sweep import Sweep
 from mscompile.verification.interchange import disjoint_pairs
+from mscompile.verification.metrics import METRICS
 from mscompile.verification.skeletons import weightless
 from mscompile.verification.surgery import WEIGHT
 from mscompile.verification.verify import fold_error, make_pair
@@ -325,6 +328,85 @@ def test_drafts_fold_what_plans_fold_whatever_was_tried_before(kind: str, close:
             assert found[name].dtype == weight.dtype
             readers += name.startswith(WEIGHT) and not np.allclose(weight, dense[name])
     assert readers == 6 * 3, "all of them lose rows"
+
+
+@pytest.mark.parametrize(("kind", "close"), [("float", CLOSE), ("float16", 2e-3)])
+def test_what_readers_give_goes_on_from_any_number_of_channels_to_any_other(kind: str, close: float) -> None:
+    """To `close` of the largest output: of 16 bits, weights are rounded to eleven places, too, which here they are not."""
+    made, read = dense_layers(kind), set()
+    for tensor, foldings in made.read_by_rows.items():
+        passing = StagedPass(made.tunable.graph, made.held, 64)
+        dense = passing.outputs([tensor, *foldings], made.tunable.weights(()))
+        readings = drafted(foldings, dense[tensor], dense)
+        for count in (20, 7, 2, 15, 24, 7):
+            drafts = made.drafts({made.source.scm.site(tensor).group: count})
+            wanted = passing.outputs([*foldings], made.tunable.weights(drafts))
+            for name, reading in readings.items():
+                found = reading.at(count)
+                np.testing.assert_allclose(found, wanted[name], rtol=0, atol=close * float(np.abs(dense[name]).max()))
+                assert found.dtype == dense[name].dtype
+        read |= {name for name in foldings if not np.allclose(wanted[name], dense[name])}
+    assert read == {"t", "u", "v"}
+
+
+@pytest.mark.parametrize("metric", ["argmax", "distance"])
+def test_interchanges_go_on_from_one_candidate_to_the_next(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, lost, loss = dense_layers(), set(), METRICS[metric]
+    open_sweep = partial(Sweep, made.source, made.parts["certify"], batch_size=16, metric=loss, tunable=made.tunable)
+    streamed, run, full = (open_sweep(foldings=foldings) for foldings in (made.read_by_rows, {}, made.read_by_rows))
+    monkeypatch.setattr("mscompile.search.sweep.STREAM_BYTES", 0)
+    full._bench(made.parts["certify"], 0)
+    monkeypatch.undo()
+    first, second = made.eliminations
+    entries = [made.drafts(dict.fromkeys(made.eliminations, count)) for count in (20, 7, 2, 15, 23)]
+    entries += [
+        made.drafts({first: 5}),
+        made.drafts({second: 5}),
+        made.plans({first: 5, second: 9}),
+        made.drafts({first: 5}),
+    ]
+    for law, swap in (("one-site", 0.1), ("all-sites", 0.1), ("all-sites", 0.5)):
+        for plans in entries:
+            found, wanted, without = (
+                sweep.measure(plans, made.parts["certify"], law=law, swap=swap, seed=0) for sweep in (streamed, run, full)
+            )
+            assert found.trials == wanted.trials > 100
+            assert (found.disagreements, found.agreement) == (
+                pytest.approx(wanted.disagreements, rel=CLOSE, abs=CLOSE),
+                pytest.approx(wanted.agreement, rel=CLOSE),
+            )
+            assert without == wanted
+            lost.add(wanted.disagreements)
+    assert len(lost) > 10
+    assert streamed._bench(made.parts["certify"], 0).streams[0].keys() == {"r"}, "the other follows it"
+    assert not any(sweep._bench(made.parts["certify"], 0).streams[0] for sweep in (run, full))
+
+
+def test_risks_are_those_of_readers_that_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, few = dense_layers(), slice(20)
+    assert few.stop < made.source.scm.sites[0].size <= len(made.held), "of many samples readers are run in any case"
+    probes = [
+        Probe(made.tunable, made.outputs, made.held.take(taken), 8, foldings=foldings)
+        for taken, foldings in ((few, made.read_by_rows), (few, {}), (slice(None), made.read_by_rows), (slice(None), {}))
+    ]
+    folded: list[str] = []
+    arrays = Folding.arrays
+    monkeypatch.setattr(Folding, "arrays", lambda self, count: folded.append("") or arrays(self, count))
+    for group, place in GroupRisks(made).places.items():
+        for probe in probes:
+            probe.advance(place)
+        for count in (20, 7, 2, 15):
+            risks, times = [], []
+            for probe in probes:
+                made.tunable.weights(made.drafts({group: 24 - count}))  # so that none is remembered
+                folded.clear()
+                risks.append(probe.risk(plans := made.drafts({group: count}), plans[0].basis))
+                times.append(len(folded))
+            assert risks[::2] == [pytest.approx(risk, rel=CLOSE) for risk in risks[1::2]]
+            assert times[0] == 0 < times[1] == times[2] == times[3]
+            assert risks[0] > 0
+            made.tunable.weights(plans := made.plans({group: count}))
+            assert probes[0].risk(plans, plans[0].basis) == pytest.approx(risks[0], rel=CLOSE), "and of what is no draft"
 
 
 def test_what_does_not_nest_is_planned_to_be_tried(digits: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

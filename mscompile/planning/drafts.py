@@ -8,12 +8,16 @@ cross-covariance is αB, α = (1−p) / ((1−p)² + p²), and so
     W_K + B_KK⁻¹ (αB)_KP W_P = (1−α) W_K + α (L⁻ᵀ)_KK (Lᵀ W)_K,
 
 since a leading block of a triangular inverse is the inverse of the block. From one k to the next it takes a product with as
-many rows as lie between.
+many rows as lie between. Where activations a are known, less their mean, what the reader gives is a sum along the order,
+
+    a_K ((1−α) W_K + α (L⁻ᵀ)_KK (Lᵀ W)_K) = Σ_{i<k} (1−α) a_i W_i + (a L⁻ᵀ)_i α (Lᵀ W)_i,
+
+and all numbers of channels together cost little more than one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,23 +42,27 @@ class Folding:
 
     Parameters
     ----------
-    upper
-        L⁻ᵀ of the site's factor.
+    factor
+        Of the site.
     """
 
-    def __init__(self, factor: Factor, upper: Array, reader: Reader) -> None:
+    def __init__(self, factor: Factor, reader: Reader) -> None:
         tensor, linear = reader.weight.const_value, reader.signature.linear
         assert tensor is not None
         assert linear is not None
         dense, self._axis, self._gain = tensor.numpy(), reader.axis, linear.gain
-        places = np.argsort(reader.index, kind="stable")[factor.order]
+        self._factor, places = factor, np.argsort(reader.index, kind="stable")[factor.order]
         alpha = nested_share(factor.swap)
         weight = np.moveaxis(np.take(dense, places, self._axis), self._axis, 0)
         self._kind, weight = dense.dtype, weight.astype(np.promote_types(dense.dtype, np.float32), order="K", copy=False)
-        self._upper, self._mean, self._back = upper, factor.moments.mean[factor.order], np.argsort(places)
+        self._mean, self._back = factor.moments.mean[factor.order], np.argsort(places)
         self._response = self._mean @ weight
-        self._kept = (1 - alpha) * weight
-        self._products = alpha * self._product(factor.lower.T, weight.astype(np.float64, order="K"))
+        self._alpha, self._dense = alpha, weight
+        rows = np.array(weight, np.float64, order="K")
+        if self._axis == 0:
+            self._products = scipy.linalg.blas.dtrmm(alpha, factor.lower, rows.T, side=1, lower=1, overwrite_b=1).T
+        else:
+            self._products = scipy.linalg.blas.dtrmm(alpha, factor.lower, rows, trans_a=1, lower=1, overwrite_b=1)
         self._sum = self._products[:0]
 
     def _product(self, matrix: Array, rows: Array) -> Array:
@@ -64,18 +72,64 @@ class Folding:
         """The weight, zero for channels that went, and [outputs] what they add to the reader's output."""
         before = len(self._sum)
         few, most = sorted((count, before))
-        change = self._product(self._upper[:most, few:most], self._products[few:most])
+        change = self._product(self._factor.upper[:most, few:most], self._products[few:most])
         if count < before:
             self._sum = self._sum[:count] - change[:count]
         else:
             change[:before] += self._sum
             self._sum = change
-        columns = self._kept[:count] + self._sum
-        whole = np.zeros_like(self._kept, self._kind)
+        columns = (1 - self._alpha) * self._dense[:count] + self._sum
+        whole = np.zeros_like(self._dense, self._kind)
         whole[:count] = columns
         response = self._response - self._mean[:count] @ columns
         weight = np.take(np.moveaxis(whole, 0, self._axis), self._back, self._axis)
         return weight, (self._gain * response).astype(weight.dtype)
+
+    @property
+    def outputs(self) -> int:
+        """How many the reader has."""
+        return int(self._dense.shape[1])
+
+    def columns(self, activations: Weight) -> tuple[Weight, Weight]:
+        """What the rows of the weight, and those of Lᵀ W, are multiplied by under a draft: (1−α) a and a L⁻ᵀ, a centred."""
+        centred = np.take(activations, self._factor.order, -1) - self._mean
+        ahead = scipy.linalg.blas.dtrsm(1.0, self._factor.lower, centred.reshape(-1, centred.shape[-1]).T, lower=1).T
+        return (1 - self._alpha) * centred, ahead.reshape(centred.shape)
+
+    def drafted(self, columns: tuple[Weight, Weight], dense: Weight) -> Reading:
+        """What the reader gives under a draft, from `dense`, what it gives where all channels are left."""
+        return Reading(dense, self._gain, zip(columns, (self._dense, self._products), strict=True))
+
+    def changed(self, change: Weight, dense: Weight) -> Reading:
+        """What the dense reader gives: `dense`, and what a change of [samples, …, channels] does in the channels left."""
+        columns = np.take(change, self._factor.order, -1).astype(np.float32, copy=False)
+        return Reading(dense + self._gain * (columns @ self._dense), self._gain, [(columns, self._dense)])
+
+
+class Reading:
+    """What a reader gives for activations that are known, for any number of channels left: sums of products that go on.
+
+    Parameters
+    ----------
+    whole
+        [samples, …, outputs]: where all are left.
+    terms
+        [samples, …, channels] and [channels, outputs], in an order.
+    """
+
+    def __init__(self, whole: Weight, gain: float, terms: Iterable[tuple[Weight, Weight]]) -> None:
+        self.whole, self._gain, self._sum = whole, gain, whole.astype(np.float32)
+        self._terms = [(columns.astype(np.float32, copy=False), rows) for columns, rows in terms]
+        self._count = len(self._terms[0][1])
+
+    def at(self, count: int) -> Weight:
+        """[samples, …, outputs], `count` channels left."""
+        few, most = sorted((count, self._count))
+        if few < most:
+            change = sum(columns[..., few:most] @ rows[few:most].astype(np.float32) for columns, rows in self._terms)
+            self._sum += (self._gain if count == most else -self._gain) * change
+        self._count = count
+        return self._sum.astype(self.whole.dtype)
 
 
 @dataclass(frozen=True)
@@ -101,6 +155,19 @@ class Draft:
         return self
 
 
+def drafted(foldings: Mapping[str, Folding], activations: Weight, dense: Mapping[str, Weight]) -> dict[str, Reading]:
+    """What readers of [samples, …, channels] give under drafts, by reader, from what they give in the dense network."""
+    factored, *_ = foldings.values()
+    with blas_threads(activations.shape[-1]):
+        columns = factored.columns(activations)
+    return {name: folding.drafted(columns, dense[name]) for name, folding in foldings.items()}
+
+
+def reads_rows(site: Site, rank: int) -> bool:
+    """Whether readers multiply the site itself, of so many axes, along its last one."""
+    return site.axis == rank - 1 and all(reader.data == site.tensor for reader in site.readers)
+
+
 def foldings(site: Site, factor: Factor, room: int) -> dict[str, Folding]:
     """By reader; none where weights do not nest, or do not say all that a plan does, or there are too few bytes of room."""
     views = [view_of(site, reader) for reader in site.readers]
@@ -108,8 +175,7 @@ def foldings(site: Site, factor: Factor, room: int) -> dict[str, Folding]:
     if factor.moments.shared is not None or not plain or folded_bytes(site) > room:
         return {}
     with blas_threads(site.size):
-        upper = scipy.linalg.lapack.dtrtri(factor.lower, lower=True)[0].T
-        return {window_name(reader): Folding(factor, upper, reader) for reader in site.readers}
+        return {window_name(reader): Folding(factor, reader) for reader in site.readers}
 
 
 def folded_bytes(site: Site) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -113,13 +114,19 @@ class Factor:
         stabilise(bracket)
         try:
             with blas_threads(len(bracket)):
-                lower = scipy.linalg.cholesky(bracket, lower=True, overwrite_a=True)
+                lower = scipy.linalg.cholesky(bracket.T, lower=True, overwrite_a=True)  # symmetric; as LAPACK lays it out
                 if moments.shared is None:  # off the diagonal, where it is read, the cross-covariance is α times the bracket
                     return cls(moments, swap, order, lower, nested_share(swap) * lower.T)
                 cross = ((1 - swap) * sigma + swap * common)[places]
                 return cls(moments, swap, order, lower, scipy.linalg.solve_triangular(lower, cross, lower=True))
         except scipy.linalg.LinAlgError:
             return None
+
+    @cached_property
+    def upper(self) -> Array:
+        """L⁻ᵀ."""
+        with blas_threads(len(self.lower)):
+            return np.asarray(scipy.linalg.lapack.dtrtri(self.lower, lower=True)[0].T)
 
     def on(self, shelf: Shelf) -> Factor:
         """The same with its matrices on a shelf."""

@@ -15,7 +15,7 @@ from mscompile.clock import Clock
 from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
 from mscompile.options import Options
-from mscompile.planning.drafts import Draft, Folding, folded_bytes, foldings
+from mscompile.planning.drafts import Draft, Folding, folded_bytes, foldings, reads_rows
 from mscompile.planning.plan import Plan, SitePlan
 from mscompile.planning.planner import Entry, Planner
 from mscompile.planning.recalibration import Step, recalibrate
@@ -111,7 +111,8 @@ class Workshop:
 
     def plans(self, counts: Mapping[int, int]) -> tuple[SitePlan, ...]:
         """Plans of the sites that are cut, in the order of the graph."""
-        return self._of(counts, self._planned, self._planner.group)
+        with self.clock.time("plan"):
+            return self._of(counts, self._planned, self._planner.group)
 
     def drafts(self, counts: Mapping[int, int]) -> tuple[SitePlan | Draft, ...]:
         """The same to be tried, see `Planner.drafts`."""
@@ -123,26 +124,24 @@ class Workshop:
         found: list[Entry] = []
         for key in counts.items():
             if key not in known:
-                with self.clock.time("plan"):
-                    known[key] = [entry.on(self._shelf) for entry in make(*key)]
+                known[key] = [entry.on(self._shelf) for entry in make(*key)]
             found += known[key]
         return self._planner.in_order(found)
 
     @cached_property
     def _planner(self) -> Planner:
-        with self.clock.time("plan"):
-            return Planner(
-                self.source.scm,
-                self.statistics,
-                self.scores,
-                self.source.groups,
-                {group: elimination.order for group, elimination in self.eliminations.items()},
-                self.options.replacement,
-                self.options.swap,
-                {group: elimination.lossless for group, elimination in self.eliminations.items()},
-                self._factors,
-                self._foldings,
-            )
+        return Planner(
+            self.source.scm,
+            self.statistics,
+            self.scores,
+            self.source.groups,
+            {group: elimination.order for group, elimination in self.eliminations.items()},
+            self.options.replacement,
+            self.options.swap,
+            {group: elimination.lossless for group, elimination in self.eliminations.items()},
+            self._factors,
+            self._foldings,
+        )
 
     @cached_property
     def _shelf(self) -> Shelf:
@@ -176,6 +175,12 @@ class Workshop:
                 found[tensor] = made
                 left -= folded_bytes(site)
         return found
+
+    @property
+    def read_by_rows(self) -> dict[str, dict[str, Folding]]:
+        """Those of sites that are multiplied as they are, see `Reading`."""
+        scm, ranks = self.source.scm, self.source.ranks
+        return {tensor: found for tensor, found in self._foldings.items() if reads_rows(scm.site(tensor), ranks[tensor])}
 
     def make(self, counts: Mapping[int, int], *, recalibrated: bool) -> Candidate:
         """Plan, re-calibrate where asked for, rewrite, and open for interchange."""

@@ -75,6 +75,7 @@ class Frontier:
             batch_size=batch,
             metric=metric,
             tunable=workshop.tunable,
+            foldings=workshop.read_by_rows,
             work=workshop.stage.work,
         )
 
@@ -130,9 +131,9 @@ class Frontier:
         Which they are, and their order, is fixed before any of them is tried.
         """
         if self._tried is None:
-            steps = list(descend(self.curves(), self.cost("size")))
-            chosen = [steps[i] for i in ladder([size for _, size in steps])]
             with self.workshop.clock.time("search"):
+                steps = list(descend(self.curves(), self.cost("size")))
+                chosen = [steps[i] for i in ladder([size for _, size in steps])]
                 found = [(*step, self.measure(step[0], "choose")) for step in chosen if self.workshop.drafts(step[0])]
             with self.workshop.clock.time("measure"):
                 self._tried = tuple(self._described(*entry) for entry in found)

@@ -39,7 +39,8 @@ class GroupRisks:
         batch = workshop.source.batch or 1
         count = max(FEWEST, PASSES * len(workshop.parts["calibrate"]) // (len(PROBED) * len(self.places)))
         samples = workshop.held.take(slice(count // batch * batch or batch))
-        return Probe(workshop.tunable, workshop.outputs, samples, workshop.batch, workshop.stage.work)
+        work, rows = workshop.stage.work, workshop.read_by_rows
+        return Probe(workshop.tunable, workshop.outputs, samples, workshop.batch, work, rows)
 
     def measure(self, group: int, counts: IntArray) -> dict[int, float]:
         """By channels left, where what is planned for the group predicts a risk that can be measured."""

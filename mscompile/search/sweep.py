@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy.typing as npt
 
 from mscompile.intake.samples import Samples
 from mscompile.network.dense import DenseModel
-from mscompile.planning.drafts import Draft
+from mscompile.network.layout import FIRST
+from mscompile.planning.drafts import Draft, Folding, drafted
 from mscompile.planning.plan import SitePlan
 from mscompile.planning.staged import Ahead, StagedPass
 from mscompile.planning.tuning import Tunable
@@ -26,6 +28,9 @@ from mscompile.verification.verify import patches_of
 
 HELD_BYTES = 1 << 28
 """Activations of sources that are kept between candidates, a batch more or less; the others are computed again."""
+STREAM_BYTES = 1 << 28
+"""What streams hold at most; sites for which there is no more room are run."""
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,38 @@ class Opened:
     plain: npt.NDArray[Any]
 
 
+class Stream:
+    """What readers of a site give in a batch of interchanges, where no candidate changes what the site is on the bases.
+
+    Parameters
+    ----------
+    bases, sources
+        [trials, …, channels]: the site.
+    units
+        [trials, channels] random numbers.
+    dense
+        What the dense model gives on the bases, [trials, …, outputs] by reader among it.
+    """
+
+    def __init__(self, foldings: Mapping[str, Folding], bases: Array, sources: Array, units: Array, dense: Arrays) -> None:
+        self.dense, self._foldings, self._units = {name: dense[name] for name in foldings}, foldings, units
+        self._bases, self._apart = bases, sources - bases
+        self._law: tuple[object, ...] = ()
+        self._readings = {"plain": drafted(foldings, bases, dense)}
+
+    def at(self, count: int, drawn: npt.NDArray[np.bool_], swap: float) -> dict[str, Arrays]:
+        """Of the *dense* model and a draft, *tuned*, in trials drawn for this site; of the draft on the bases, *plain*."""
+        law = swap, drawn.tobytes()
+        if law != self._law:
+            mask = (self._units < swap) & drawn[:, None]
+            change = self._apart * mask.reshape(len(mask), *[1] * (self._bases.ndim - 2), -1)
+            dense = {name: folding.changed(change, self.dense[name]) for name, folding in self._foldings.items()}
+            whole = {name: reading.whole for name, reading in dense.items()}
+            tuned = drafted(self._foldings, self._bases + change, whole)
+            self._law, self._readings = law, self._readings | {"dense": dense, "tuned": tuned}
+        return {model: {name: r.at(count) for name, r in readings.items()} for model, readings in self._readings.items()}
+
+
 @dataclass(frozen=True)
 class Bench:
     """Interchanges of some samples, with all done that no candidate changes.
@@ -73,13 +110,16 @@ class Bench:
     ----------
     bases
         As far as the first sites.
+    streams
+        By site tensor, for each batch.
     dense
-        What follows in the dense model.
+        What follows in the dense model, by the sites that are streamed.
     """
 
     bases: StagedPass
-    dense: Ahead
     batches: Sequence[Opened]
+    streams: Sequence[Mapping[str, Stream]]
+    dense: dict[tuple[str, ...], Ahead]
 
 
 class Sweep:
@@ -91,6 +131,8 @@ class Sweep:
         Whose first batch the choice of the metric is made on, unless one is given.
     tunable
         Of the same source, where there is one.
+    foldings
+        By site tensor and reader, where readers read rows: what they give under drafts is not run, as far as there is room.
     """
 
     def __init__(
@@ -101,6 +143,7 @@ class Sweep:
         batch_size: int,
         metric: Metric | None = None,
         tunable: Tunable | None = None,
+        foldings: Mapping[str, Mapping[str, Folding]] = MappingProxyType({}),
         work: Work = NOWHERE,
     ) -> None:
         skeleton = skeleton_of(source.model)
@@ -111,29 +154,43 @@ class Sweep:
         self.dense = Intervened(skeleton, self.patches, optimise=True)
         self.output = compared_output(skeleton.proto)
         self._benches: dict[tuple[str, int], Bench] = {}
+        streamed = [patch.tensor for patch in self.patches if patch.axis == patch.rank - 1 and patch.layout == FIRST]
+        self._foldings = {tensor: foldings[tensor] for tensor in streamed if tensor in foldings}
         self._tunable = tunable or Tunable(source)
+        self._dense_weights = self._tunable.weights(())
         self._patched = patched(self._tunable.graph, self.patches)
         first = next(samples.batches(min(batch_size, len(samples))))
         self.metric = metric or default_metric(self.dense.read(first, [self.output])[self.output])
 
     def measure(self, plans: Sequence[SitePlan | Draft], samples: Samples, *, law: Law, swap: float, seed: int) -> Point:
         """Interchange under a law over disjoint pairs of samples, as `Interchange` does, and agreement on their bases."""
-        retained = {plan.tensor: np.isin(np.arange(self.source.scm.site(plan.tensor).size), plan.kept) for plan in plans}
+        retained = {plan.tensor: np.zeros(self.source.scm.site(plan.tensor).size, np.bool_) for plan in plans}
+        for plan in plans:
+            retained[plan.tensor][plan.kept] = True
         places = {patch.tensor: i for i, patch in enumerate(p for p in self.patches if p.tensor in retained)}
         bench = self._bench(samples, seed)
-        candidate = bench.bases.ahead([self.output], self._tunable.weights(plans))
-        trials, lost, differ = 0, 0.0, 0.0
+        streamed = tuple(plan.tensor for plan in plans if isinstance(plan, Draft) and plan.tensor in bench.streams[0])
+        known = {name: array for tensor in streamed for name, array in bench.streams[0][tensor].dense.items()}
+        weights = self._tunable.weights(plan for plan in plans if plan.tensor not in streamed)
+        candidate = bench.bases.ahead([self.output], weights, known)
+        if streamed not in bench.dense:
+            bench.dense[streamed] = bench.bases.ahead([self.output], self._dense_weights, known)
+        trials, lost, differ, none = 0, 0.0, 0.0, self.dense.feeds({}, {})
         for number, batch in enumerate(bench.batches):
             drawn, values = (batch.places * len(places)).astype(np.int64), self._values(batch)
             settings: dict[str, Setting] = {}
+            read: dict[str, Arrays] = {"dense": {}, "tuned": {}, "plain": {}}
             for tensor, place in places.items():
-                mask = (batch.units[tensor] < swap) & retained[tensor]
-                if law == "one-site":
-                    mask &= (drawn == place)[:, None]
-                settings[tensor] = mask, values[tensor]
+                here = drawn == place if law == "one-site" else np.ones(len(drawn), np.bool_)
+                if tensor in streamed:
+                    for model, arrays in bench.streams[number][tensor].at(int(retained[tensor].sum()), here, swap).items():
+                        read[model] |= arrays
+                else:
+                    settings[tensor] = (batch.units[tensor] < swap) & retained[tensor] & here[:, None], values[tensor]
             given = self.dense.feeds({}, settings)
-            dense, tuned = (ahead.run(number, given)[self.output] for ahead in (bench.dense, candidate))
-            plain = candidate.run(number, self.dense.feeds({}, {}))[self.output]
+            dense = bench.dense[streamed].run(number, given | read["dense"])[self.output]
+            tuned = candidate.run(number, given | read["tuned"])[self.output]
+            plain = candidate.run(number, none | read["plain"])[self.output]
             trials += len(batch.places)
             lost += float(self.metric.loss(dense, tuned).sum())
             differ += float(self.metric.loss(batch.plain, plain).sum())
@@ -149,19 +206,36 @@ class Sweep:
         if key not in self._benches:
             base, source = disjoint_pairs(len(samples), seed)
             bases = StagedPass(self._patched, samples.take(base), self.batch_size, self._work)
-            weights, sizes = self._tunable.weights(()), {site.tensor: site.size for site in self.source.sites}
-            for _ in bases.advance([tensor for tensor in sizes if bases.follows(tensor, weights)], weights):
-                pass
-            dense = bases.ahead([self.output], weights)
-            draws, batches, held = Draws(seed, [*sizes.values()]), [], 0
+            sizes = {site.tensor: site.size for site in self.source.sites}
+            first = [tensor for tensor in sizes if bases.follows(tensor, self._dense_weights)]
+            readers: dict[str, Mapping[str, Folding]] = {}
+            found: list[Arrays] = []
+            for batch in bases.advance(first, self._dense_weights):
+                readers = readers if found else self._streamed(batch, len(base))
+                found.append({tensor: batch[tensor] for tensor in readers})
+            names = [name for foldings in readers.values() for name in foldings]
+            ahead, none = bases.ahead([self.output, *names], self._dense_weights), self.dense.feeds({}, {})
+            draws, batches, held, streams = Draws(seed, [*sizes.values()]), [], 0, []
             for number, sources in enumerate(samples.take(source).batches(self.batch_size)):
                 start = number * self.batch_size
-                places, units = draws.take(start, min(start + self.batch_size, len(base)))
-                plain = dense.run(number, self.dense.feeds({}, {}))[self.output]
-                batch = Opened(sources, None, dict(zip(sizes, units, strict=True)), places, plain)
+                places, numbers = draws.take(start, min(start + self.batch_size, len(base)))
+                read, units = ahead.run(number, none), dict(zip(sizes, numbers, strict=True))
+                opened = Opened(sources, None, units, places, read[self.output])
+                values = self._values(opened)
                 if held <= HELD_BYTES:
-                    batch = replace(batch, values=self._values(batch))
-                    held += sum(array.nbytes for array in self._values(batch).values())
-                batches.append(batch)
-            self._benches[key] = Bench(bases, dense, batches)
+                    opened = replace(opened, values=values)
+                    held += sum(array.nbytes for array in values.values())
+                batches.append(opened)
+                streams.append({t: Stream(f, found[number][t], values[t], units[t], read) for t, f in readers.items()})
+            self._benches[key] = Bench(bases, batches, streams, {(): ahead})
         return self._benches[key]
+
+    def _streamed(self, batch: Arrays, trials: int) -> dict[str, Mapping[str, Folding]]:
+        """Of the sites in a batch those whose readers are streamed, with their foldings."""
+        found, room = {}, STREAM_BYTES / trials
+        for tensor in filter(self._foldings.__contains__, batch):
+            foldings, row = self._foldings[tensor], batch[tensor][0]
+            room -= 8 * sum(row.nbytes * (1 + folding.outputs / row.shape[-1]) for folding in foldings.values())
+            if room >= 0:
+                found[tensor] = foldings
+        return found
