@@ -189,8 +189,8 @@ class Workshop:
     def fit(self, counts: Mapping[int, int], *, recalibrated: bool) -> Fits:
         """Plan, and re-calibrate where asked for."""
         source, options = self.source, self.options
-        fitted = self._planner.plan({}, source.sha256).model_copy(update={"sites": self.plans(counts)})
-        plan = fitted
+        sites = self.plans(counts)
+        plan = fitted = self._planner.plan({}, source.sha256).model_copy(update={"sites": sites})
         steps: tuple[Step, ...] = ()
         if recalibrated and fitted.sites:
             with self.clock.time("re-calibrate"):
