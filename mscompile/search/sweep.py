@@ -85,7 +85,7 @@ class Stream:
 
     def __init__(self, foldings: Mapping[str, Folding], bases: Array, sources: Array, units: Array, dense: Arrays) -> None:
         self.dense, self._foldings, self._units = {name: dense[name] for name in foldings}, foldings, units
-        self._bases, self._apart = bases, sources - bases
+        self._bases, self._sources = bases, sources
         self._law: tuple[object, ...] = ()
         self._readings = {"plain": drafted(foldings, bases, dense)}
 
@@ -94,10 +94,12 @@ class Stream:
         law = swap, drawn.tobytes()
         if law != self._law:
             mask = (self._units < swap) & drawn[:, None]
-            change = self._apart * mask.reshape(len(mask), *[1] * (self._bases.ndim - 2), -1)
+            mask = mask.reshape(len(mask), *[1] * (self._bases.ndim - 2), -1)
+            swapped = np.where(mask, self._sources, self._bases)
+            change = swapped.astype(np.float32) - self._bases
             dense = {name: folding.changed(change, self.dense[name]) for name, folding in self._foldings.items()}
             whole = {name: reading.whole for name, reading in dense.items()}
-            tuned = drafted(self._foldings, self._bases + change, whole)
+            tuned = drafted(self._foldings, swapped, whole)
             self._law, self._readings = law, self._readings | {"dense": dense, "tuned": tuned}
         return {model: {name: r.at(count) for name, r in readings.items()} for model, readings in self._readings.items()}
 
